@@ -1,0 +1,5 @@
+"""``python -m normconvert``."""
+
+from normconvert.cli.app import main
+
+main()

@@ -1,0 +1,198 @@
+"""The commands: one thin function each. Exit status 0 done or equivalent, 1 not, 2 refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Optional
+
+import typer
+
+from normconvert import __version__
+from normconvert.errors import NormconvertError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Rewrite the normalization layers of Hugging Face checkpoints exactly, and prove it.",
+)
+
+Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
+Tied = Annotated[
+    Literal["keep", "untie"],
+    typer.Option(help="Keep tied embeddings tied, or store the head on its own to fold into it."),
+]
+Revision = Annotated[
+    Optional[str],  # noqa: UP045  (Typer evaluates this at run time on Python 3.10)
+    typer.Option(help="Branch, tag or commit of a Hub repository.", show_default=False),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the model code in the checkpoint.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def flashnorm(
+    model: Model,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--output", help="Default: ./NAME-flashnorm.", show_default=False),
+    ] = None,
+    format: Annotated[
+        Literal["stock"], typer.Option(help="stock: the same architecture, for any runtime.")
+    ] = "stock",
+    tied: Tied = "keep",
+    dtype: Annotated[
+        Literal["keep", "float32", "bfloat16", "float16"],
+        typer.Option(help="The dtype to store all floating-point weights in."),
+    ] = "keep",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fold every norm's gain into the weights that read it (FlashNorm, arXiv 2407.09577)."""
+    from normconvert.api import convert
+    from normconvert.cli.progress import progress
+    from normconvert.cli.show import show_conversion
+
+    with progress(hidden=as_json) as listen:
+        report = convert(
+            model,
+            output,
+            "flashnorm",
+            format=format,
+            tied=tied,
+            dtype=dtype,
+            dry_run=dry_run,
+            verify=not no_verify,
+            force=force,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            listen=listen,
+        )
+    _print_json(report.to_json()) if as_json else show_conversion(report)
+    raise typer.Exit(1 if report.status == "rejected" else 0)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    tied: Tied = "keep",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show every norm, what it computes, who reads it, and whether it would fold."""
+    from normconvert.api import inspect as inspect_model
+    from normconvert.cli.progress import progress
+    from normconvert.cli.show import show_inspection
+
+    with progress(hidden=as_json) as listen:
+        report = inspect_model(
+            model,
+            tied=tied,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            listen=listen,
+        )
+    _print_json(report.to_json()) if as_json else show_inspection(report)
+
+
+@app.command("verify-equivalence")
+def verify_equivalence(
+    original: Model,
+    converted: Annotated[str, typer.Argument(help="The other one.", show_default=False)],
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Write the report here; - for stdout.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A text file to compare on.", exists=True, show_default=False),
+    ] = None,
+    dtype: Annotated[
+        Optional[Literal["float64", "float32", "bfloat16", "float16"]],  # noqa: UP045
+        typer.Option(help="Compute in this dtype. Default: the next wider one than the weights'."),
+    ] = None,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the logits of two checkpoints. Exit status 0: equivalent, 1: not."""
+    from normconvert.api import verify_equivalence as verify
+    from normconvert.cli.progress import progress
+    from normconvert.cli.show import show_equivalence
+
+    to_stdout = str(json_file) == "-"
+    with progress(hidden=to_stdout) as listen:
+        report = verify(
+            original,
+            converted,
+            text=None if text is None else text.read_text(encoding="utf-8"),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            listen=listen,
+        )
+    if to_stdout:
+        _print_json(report.to_json())
+    else:
+        show_equivalence(report)
+    if json_file is not None and not to_stdout:
+        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    raise typer.Exit(0 if report.equivalent else 1)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM: unwinds everything, so that what was begun is removed."""
+
+
+def main() -> None:
+    """Run the command line; turn what is refused into one sentence and exit status 2."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except NormconvertError as error:
+        _fail(error.code, str(error))
+    except Interrupted:
+        _fail("interrupted", "Interrupted; nothing was written.")
+    except (OSError, MemoryError) as error:
+        _fail("system", f"{error or type(error).__name__}.")
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+def _fail(code: str, message: str) -> NoReturn:
+    if "--debug" in sys.argv:
+        raise
+    if "--json" in sys.argv:
+        _print_json({"error": {"code": code, "message": message}})
+    else:
+        typer.echo(f"normconvert: {message}", err=True)
+    raise SystemExit(2)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    typer.echo(json.dumps(document, indent=1))

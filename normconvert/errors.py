@@ -1,0 +1,43 @@
+"""Everything that normconvert refuses, as exceptions with one clear sentence and a remedy."""
+
+from __future__ import annotations
+
+
+class NormconvertError(Exception):
+    """Something is refused or wrong in the input; nothing was written.
+
+    The message is one or two sentences that name the file or tensor and say what to do.
+    ``code`` is a short stable word for machines (``--json`` prints it).
+    """
+
+    code = "error"
+
+
+class SourceError(NormconvertError):
+    """The checkpoint to read is missing, damaged or of a kind that is not supported."""
+
+    code = "source"
+
+
+class TraceError(NormconvertError):
+    """The model's forward pass could not be traced, or does not fit the checkpoint."""
+
+    code = "trace"
+
+
+class PlanError(NormconvertError):
+    """No legal rewrite exists for what was asked."""
+
+    code = "plan"
+
+
+class RewriteError(NormconvertError):
+    """The output could not be written, or a value does not fit its stored dtype."""
+
+    code = "rewrite"
+
+
+class VerificationError(NormconvertError):
+    """The two models could not be compared."""
+
+    code = "verify"

@@ -1,0 +1,1 @@
+"""The data that the stages exchange: frozen, small, printable, standard library only."""

@@ -1,0 +1,170 @@
+"""The graph: what one forward pass of a checkpoint's own model computes.
+
+`trace` makes it, `rules` read it. Values are numbered; every node makes some values out of
+others. The leaves are the checkpoint's tensors *as they are on disk*: the operations that a
+model class applies while loading (renaming, stacking experts, transposing) are nodes like any
+other, so whatever is proved on the graph is proved in the checkpoint's own namespace.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+Size: TypeAlias = "int | str"
+"""A size of a shape; a string where it is known only at run time (data-dependent)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A use of a value among a node's arguments."""
+
+    value: int
+
+
+Argument: TypeAlias = "Ref | int | float | str | None | tuple[Argument, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Shape and dtype of one tensor of the forward pass."""
+
+    shape: tuple[Size, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One operation: an ATen operator by its name without overload, or ``norm``.
+
+    A ``norm`` node stands for a whole call of a module that was recognised as a norm; its
+    arguments are ``input``, ``gain`` and ``bias``. Argument names are the operator's own.
+    """
+
+    op: str
+    arguments: tuple[tuple[str, Argument], ...]
+    outputs: tuple[int, ...]
+    module: str
+
+    def argument(self, name: str, default: Argument = None) -> Argument:
+        """The argument called `name`, or `default` where the call left it out."""
+        return next((value for key, value in self.arguments if key == name), default)
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The values read, in the order of the arguments."""
+        return tuple(ref.value for _, argument in self.arguments for ref in _refs(argument))
+
+    def __str__(self) -> str:
+        outputs = ", ".join(f"%{value}" for value in self.outputs)
+        arguments = ", ".join(f"{key}={_text(value)}" for key, value in self.arguments)
+        return f"{outputs} = {self.op}({arguments})  # {self.module}"
+
+
+NormKind: TypeAlias = Literal["rmsnorm", "layernorm", "unrecognised"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norm:
+    """One norm module, by what it computes on its last axis.
+
+    rmsnorm:   x / sqrt(mean(x²) + eps) · (offset + gain)
+    layernorm: (x - mean(x)) / sqrt(var(x) + eps) · (offset + gain) + bias
+    unrecognised: invariant to the scale of its input, but none of these formulas.
+
+    `gain` and `bias` are values of the graph, None where the norm has none.
+    """
+
+    module: str
+    kind: NormKind
+    gain: int | None
+    bias: int | None
+    offset: float
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tie:
+    """A parameter that the model keeps equal to another one, `source`, on purpose.
+
+    The output head and the embedding, most often. `tensor` is the name under which the
+    parameter can be stored on its own (None if there is none), and `stored` tells whether the
+    checkpoint has it already.
+    """
+
+    parameter: str
+    source: str
+    tensor: str | None
+    stored: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """A traced model. See the module's docstring."""
+
+    model: str
+    values: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+    leaves: tuple[tuple[str, int], ...]
+    parameters: tuple[tuple[str, int], ...]
+    norms: tuple[Norm, ...]
+    ties: tuple[Tie, ...]
+    outputs: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def leaf_names(self) -> dict[int, str]:
+        """Value of a leaf -> name of the tensor on disk."""
+        return {value: name for name, value in self.leaves}
+
+    @cached_property
+    def leaf_values(self) -> dict[str, int]:
+        """Name of the tensor on disk -> its value."""
+        return dict(self.leaves)
+
+    @cached_property
+    def producers(self) -> dict[int, int]:
+        """Value -> position of the node that makes it (leaves and constants have none)."""
+        return {out: i for i, node in enumerate(self.nodes) for out in node.outputs}
+
+    @cached_property
+    def consumers(self) -> dict[int, tuple[int, ...]]:
+        """Value -> positions of the nodes that read it."""
+        found: dict[int, list[int]] = {}
+        for i, node in enumerate(self.nodes):
+            for value in dict.fromkeys(node.inputs):
+                found.setdefault(value, []).append(i)
+        return {value: tuple(nodes) for value, nodes in found.items()}
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Tensors on disk that the model class does not know."""
+        return tuple(name for name, value in self.leaves if value not in self.consumers)
+
+    @cached_property
+    def norm_of(self) -> dict[str, Norm]:
+        """Module path -> norm."""
+        return {norm.module: norm for norm in self.norms}
+
+    def __str__(self) -> str:
+        lines = [f"graph of {self.model}"]
+        lines += [f"%{value} = tensor {name!r}" for name, value in self.leaves]
+        lines += [str(node) for node in self.nodes]
+        lines += [f"output {name} = %{value}" for name, value in self.outputs]
+        return "\n".join(lines)
+
+
+def _refs(argument: Argument) -> tuple[Ref, ...]:
+    if isinstance(argument, Ref):
+        return (argument,)
+    if isinstance(argument, tuple):
+        return tuple(ref for item in argument for ref in _refs(item))
+    return ()
+
+
+def _text(argument: Argument) -> str:
+    if isinstance(argument, Ref):
+        return f"%{argument.value}"
+    if isinstance(argument, tuple):
+        return f"[{', '.join(map(_text, argument))}]"
+    return str(argument)

@@ -1,0 +1,95 @@
+"""What the commands answer: the API returns these, the command line prints them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from normconvert.ir.plan import Plan
+
+Status: TypeAlias = Literal["converted", "planned", "unchanged", "rejected"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a conversion would do. Sizes are in bytes of the stored tensors.
+
+    `changed_bytes` are those of the tensors that the plan rewrites, `gain_bytes` those of the
+    gains that become the identity, `added_bytes` what the output is larger by.
+    """
+
+    model: str
+    commit: str | None
+    plan: Plan
+    total_tensors: int
+    total_bytes: int
+    changed_tensors: int
+    changed_bytes: int
+    gain_bytes: int
+    added_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return {**asdict(self), "plan": self.plan.to_json()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """How far the logits of two models lie apart on one set of tokens.
+
+    `max` and `rms` are of the difference of the logits, `kl` is the mean over positions of
+    KL(original || converted) in nats, `top1` the share of positions with the same most likely
+    token. `floor_max` and `floor_rms` are how far the original's logits move when the tensors
+    in which the two differ are perturbed within the rounding of their stored dtype.
+    """
+
+    tokens: str
+    positions: int
+    max: float
+    rms: float
+    kl: float
+    top1: float
+    floor_max: float
+    floor_rms: float
+    equivalent: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equivalence:
+    """The verdict on two models. `dtype` is the one that the logits were computed in."""
+
+    original: str
+    converted: str
+    equivalent: bool
+    dtype: str
+    differing_tensors: int
+    comparisons: tuple[Comparison, ...]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What a conversion did.
+
+    converted: the output is complete. planned: a dry run, nothing was written. unchanged: the
+    source is converted already, nothing was written. rejected: the verification found the
+    result not equivalent, and it was removed.
+    """
+
+    status: Status
+    output: str | None
+    inspection: Inspection
+    verification: Equivalence | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dumps`."""
+        return {
+            "status": self.status,
+            "output": self.output,
+            "inspection": self.inspection.to_json(),
+            "verification": self.verification and self.verification.to_json(),
+        }

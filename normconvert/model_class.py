@@ -1,0 +1,80 @@
+"""Which class a checkpoint's config names, without running any code of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from normconvert.errors import TraceError
+from normconvert.source import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTrainedModel], Any]:
+    """The model class and the configuration object of `checkpoint`.
+
+    Raises:
+        TraceError: transformers does not know the type, or it needs the checkpoint's own code
+            and `trust_remote_code` is not set.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    custom = "auto_map" in checkpoint.config
+    model_type = checkpoint.config.get("model_type")
+    if custom and not trust_remote_code and model_type not in transformers.CONFIG_MAPPING:
+        raise TraceError(
+            f"{checkpoint.model} brings its own model code ({model_type!r}); read it, then run "
+            "again with --trust-remote-code if you trust it."
+        )
+    if not custom and model_type not in transformers.CONFIG_MAPPING:
+        raise TraceError(
+            f"{checkpoint.folder / 'config.json'} has model_type {model_type!r}, which "
+            f"transformers {transformers.__version__} does not know; install a newer transformers."
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.folder, trust_remote_code=custom and trust_remote_code
+        )
+    except Exception as error:  # a config class may raise anything on wrong values
+        raise TraceError(
+            f"{checkpoint.folder / 'config.json'} is not a valid {model_type!r} "
+            f"configuration: {str(error).strip().splitlines()[0]}"
+        ) from error
+    if custom and trust_remote_code:
+        return _remote_class(checkpoint), config
+    return _stock_class(checkpoint, config), config
+
+
+def _stock_class(checkpoint: Checkpoint, config: Any) -> type[PreTrainedModel]:
+    import transformers
+
+    for name in checkpoint.config.get("architectures") or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in mapping:
+        found = mapping[type(config)]
+        return found[0] if isinstance(found, (tuple, list)) else found
+    raise TraceError(
+        f"{checkpoint.folder / 'config.json'} names no architecture that transformers "
+        f'{transformers.__version__} has; set "architectures" to the model\'s class.'
+    )
+
+
+def _remote_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    auto_map = checkpoint.config["auto_map"]
+    for auto_class in ("AutoModelForCausalLM", "AutoModel"):
+        if auto_class in auto_map:
+            found: type[PreTrainedModel] = get_class_from_dynamic_module(
+                auto_map[auto_class], str(checkpoint.folder)
+            )
+            return found
+    raise TraceError(
+        f"auto_map in {checkpoint.folder / 'config.json'} names no AutoModelForCausalLM or "
+        "AutoModel class."
+    )

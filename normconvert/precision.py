@@ -1,0 +1,43 @@
+"""Exact arithmetic where a model insists on less: every float32 cast becomes float64.
+
+Most norms, softmaxes and rotary embeddings cast to float32 on purpose. To compare functions,
+not roundings, both the norm probe and the verification run models under `Float64`.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Widen(TorchDispatchMode):
+    """Replaces every narrower floating dtype that an operator is asked for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_widened, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _widened(argument: object) -> object:
+    return torch.float64 if argument in _NARROW and isinstance(argument, torch.dtype) else argument
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Inside, operators that are asked for a narrower floating dtype compute in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widen():
+            yield
+    finally:
+        torch.set_default_dtype(before)

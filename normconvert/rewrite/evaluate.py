@@ -1,0 +1,199 @@
+"""Evaluating expressions: vectors whole, matrices in blocks of rows, everything rounded once.
+
+A tensor of more than one dimension is seen as a matrix of rows: all axes but the last are
+flattened. Only the rows asked for are read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from normconvert.errors import RewriteError
+from normconvert.ir.expression import (
+    AddProduct,
+    Divide,
+    Expression,
+    Fill,
+    Plus,
+    Scale,
+    Spread,
+    Tensor,
+    positions,
+)
+from normconvert.rewrite.rounding import product_dtype, round_once
+from normconvert.torch_dtypes import TORCH_DTYPE
+
+if TYPE_CHECKING:
+    from normconvert.ir.plan import Edit
+    from normconvert.source import Checkpoint
+
+BLOCK_BYTES = 8 << 20
+"""Bytes of source that are read at a time."""
+
+
+class Evaluator:
+    """Computes the tensors of a plan from a checkpoint. Safe to use from several threads."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.tensors
+        self._paths = checkpoint.paths
+        self._files: dict[Path, int] = {}
+
+    def __enter__(self) -> Evaluator:
+        for path in set(self._paths.values()):
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            os.close(file)
+
+    def rows(self, edit: Edit, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of the edit's tensor, in its stored dtype, contiguous.
+
+        Raises:
+            RewriteError: a value does not fit the dtype, or the source cannot be read.
+        """
+        dtype = TORCH_DTYPE[edit.dtype]
+        if len(edit.shape) < 2:
+            exact = self.vector(edit.expression, math.prod(edit.shape))
+            result, finite = round_once(exact, dtype), exact.isfinite()
+        else:
+            result = self._block(edit, dtype, start, stop)
+            finite = None
+        if not math.isfinite(float(result.sum(dtype=torch.float64))):
+            self._refuse_overflow(edit, result, start, stop, finite)
+        return result
+
+    def vector(self, expression: Expression, size: int) -> torch.Tensor:
+        """The whole vector `expression` of `size` elements in float64.
+
+        Raises:
+            RewriteError: a division by zero, or the source cannot be read.
+        """
+        match expression:
+            case Tensor(name):
+                return self._read(name, 0, 1).reshape(-1).to(torch.float64)
+            case Fill(value):
+                return torch.full((size,), value, dtype=torch.float64)
+            case Plus(of, number):
+                return self.vector(of, size) + number
+            case Divide(of, by):
+                return self._divide(expression, self.vector(of, size), self.vector(by, size))
+            case Scale(of, _, by):
+                return self.vector(of, size) * self.vector(by, size)
+            case Spread(of, runs):
+                index = torch.tensor(positions(runs))
+                source = self.vector(of, int(index.max()) + 1)
+                return torch.where(index < 0, 1.0, source[index.clamp(min=0)])
+            case AddProduct(of, matrix, axis, vector):
+                return self.vector(of, size) + self._product(matrix, axis, vector)
+
+    def _block(self, edit: Edit, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
+        match edit.expression:
+            case Scale(Tensor(name), axis, by) if TORCH_DTYPE[self._tensors[name].dtype] is dtype:
+                factor = self._factor(by, edit.shape, axis, start, stop)
+                block = self._read(name, start, stop)
+                compute = product_dtype(factor, dtype)
+                if compute is dtype:
+                    return block.mul_(factor.to(dtype))
+                if compute is torch.float32:
+                    return block.to(torch.float32).mul_(factor.to(torch.float32)).to(dtype)
+                return round_once(block.to(torch.float64).mul_(factor), dtype)
+        return round_once(self._matrix(edit.expression, edit.shape, start, stop), dtype)
+
+    def _matrix(
+        self, expression: Expression, shape: tuple[int, ...], start: int, stop: int
+    ) -> torch.Tensor:
+        """Rows of a matrix in float64."""
+        match expression:
+            case Tensor(name):
+                return self._read(name, start, stop).to(torch.float64)
+            case Scale(of, axis, by):
+                factor = self._factor(by, shape, axis, start, stop)
+                return self._matrix(of, shape, start, stop).mul_(factor)
+            case Fill(value):
+                return torch.full((stop - start, shape[-1]), value, dtype=torch.float64)
+        raise RewriteError(f"{expression} is not a matrix.")
+
+    def _factor(
+        self, by: Expression, shape: tuple[int, ...], axis: int, start: int, stop: int
+    ) -> torch.Tensor:
+        """What each element of the rows is multiplied with, to be broadcast, in float64."""
+        vector = self.vector(by, shape[axis])
+        if axis == len(shape) - 1:
+            return vector
+        inner = math.prod(shape[axis + 1 : -1])
+        coordinate = torch.arange(start, stop).div(inner, rounding_mode="floor") % shape[axis]
+        return vector[coordinate].unsqueeze(1)
+
+    def _product(self, matrix: Expression, axis: int, vector: Expression) -> torch.Tensor:
+        shape = self._shape(matrix)
+        factor = self.vector(vector, shape[axis])
+        pieces = (
+            (start, stop, self._matrix(matrix, shape, start, stop))
+            for start, stop in row_blocks(shape, torch.float64.itemsize)
+        )
+        if axis == 1:
+            return torch.cat([rows @ factor for _, _, rows in pieces])
+        total = torch.zeros(shape[1], dtype=torch.float64)
+        for start, stop, rows in pieces:
+            total += factor[start:stop] @ rows
+        return total
+
+    def _shape(self, matrix: Expression) -> tuple[int, ...]:
+        while isinstance(matrix, Scale):
+            matrix = matrix.of
+        assert isinstance(matrix, Tensor)
+        return self._tensors[matrix.name].shape
+
+    def _divide(self, expression: Expression, of: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        zero = by == 0
+        if bool((zero & (of != 0)).any()):
+            raise RewriteError(f"{expression} divides by zero.")
+        return torch.where(zero, 0.0, of / torch.where(zero, 1.0, by))
+
+    def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a stored tensor; a tensor of one dimension is one row."""
+        tensor = self._tensors[name]
+        columns = tensor.shape[-1] if tensor.shape else 1
+        dtype = TORCH_DTYPE[tensor.dtype]
+        row_bytes = columns * dtype.itemsize
+        block = torch.empty((stop - start, columns), dtype=dtype)
+        buffer = memoryview(block.view(torch.uint8).numpy()).cast("B")
+        file, offset = self._files[self._paths[name]], tensor.start + start * row_bytes
+        while buffer:
+            count = os.preadv(file, [buffer], offset)
+            if count == 0:
+                raise RewriteError(f"{self._paths[name]} became shorter while it was read.")
+            buffer, offset = buffer[count:], offset + count
+        return block
+
+    def _refuse_overflow(
+        self,
+        edit: Edit,
+        result: torch.Tensor,
+        start: int,
+        stop: int,
+        finite: torch.Tensor | None,
+    ) -> None:
+        """Refuse values that only the edit made infinite; one that was infinite may stay."""
+        if finite is None:
+            finite = self._matrix(edit.expression, edit.shape, start, stop).isfinite()
+        if bool((finite & ~result.isfinite()).any()):
+            raise RewriteError(
+                f"{edit.tensor!r} would overflow to infinity in {edit.dtype}; "
+                "give --dtype bfloat16 or --dtype float32."
+            )
+
+
+def row_blocks(shape: tuple[int, ...], itemsize: int) -> list[tuple[int, int]]:
+    """Ranges of rows that hold about BLOCK_BYTES each and cover a tensor of `shape`."""
+    rows = math.prod(shape[:-1])
+    step = max(1, BLOCK_BYTES // max(1, shape[-1] * itemsize)) if shape else 1
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]

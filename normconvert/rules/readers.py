@@ -1,0 +1,201 @@
+"""Who reads a norm: the proof that a gain can move into the weights that read it.
+
+The scaling by the gain is followed from the norm to every place where it ends. All of them
+must be products with tensors of the checkpoint, scaled along the axis summed over, and every
+other use of those tensors must be among the same products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from normconvert.ir.graph import Graph, Norm, Tie
+from normconvert.rules.axes import Track
+from normconvert.rules.scaling import Contraction, Ends, Origins, Part, follow
+
+_NONE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A tensor that the norm's output is multiplied with.
+
+    Slice i of its `axis` is to be multiplied by the gain's element ``index[i]``, -1 for none.
+    """
+
+    axis: int
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readers:
+    """All readers of a norm by the name of the tensor, and the products in which they read it.
+
+    `copies` maps the name of a new tensor to the tied tensor that it is a copy of.
+    """
+
+    readers: Mapping[str, Reader]
+    contractions: tuple[Contraction, ...]
+    copies: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a gain cannot move: one sentence, and the readers found nevertheless."""
+
+    reason: str
+    readers: tuple[str, ...] = ()
+
+
+def outputs_of(graph: Graph, norms: tuple[Norm, ...]) -> dict[int, Track]:
+    """The outputs of all calls of `norms`, tracked along their features."""
+    modules = {norm.module for norm in norms}
+    seeds: dict[int, Track] = {}
+    for node in graph.nodes:
+        if node.op == "norm" and node.module in modules:
+            shape = graph.values[node.outputs[0]].shape
+            assert isinstance(shape[-1], int)
+            seeds[node.outputs[0]] = Track(len(shape) - 1, range(shape[-1]))
+    return seeds
+
+
+def find_readers(
+    graph: Graph, origins: Origins, norms: tuple[Norm, ...], tied: Literal["keep", "untie"]
+) -> Readers | Obstacle:
+    """The readers that can take the gain of `norms`, or what stands in the way."""
+    ends = follow(graph, outputs_of(graph, norms))
+    known = _names(origins, ends)
+    if ends.stops:
+        return Obstacle(ends.stops[0].reason, known)
+    if not ends.contractions:
+        return Obstacle("nothing reads it")
+    scales: dict[str, dict[int, int]] = {}
+    axes: dict[str, int] = {}
+    for contraction in ends.contractions:
+        where = graph.nodes[contraction.node].module
+        parts = origins.of(contraction.other)
+        if parts is None:
+            return Obstacle(f"it is multiplied with another activation in {where}", known)
+        for part in parts:
+            axis = _axis(part, contraction)
+            if axis is None or axes.setdefault(part.tensor, axis) != axis:
+                return Obstacle(f"{part.tensor} is read along no single axis in {where}", known)
+            if not _merge(scales.setdefault(part.tensor, {}), part, axis, contraction.track):
+                return Obstacle(f"{part.tensor} would need two gains at once in {where}", known)
+    readers = {
+        tensor: Reader(axes[tensor], _index(graph, tensor, axes[tensor], scale))
+        for tensor, scale in scales.items()
+        if any(coordinate != _NONE for coordinate in scale.values())
+    }
+    return _exclusive(graph, origins, readers, ends.contractions, tied)
+
+
+def reader_outside(
+    graph: Graph, value: int, track: Track, allowed: set[tuple[int, int]]
+) -> str | None:
+    """Where `value` is read other than by the `allowed` (node, operand) pairs; None if nowhere."""
+    ends = follow(graph, {value: track}, parts=True)
+    for contraction in ends.contractions:
+        if (contraction.node, contraction.operand) not in allowed:
+            return graph.nodes[contraction.node].module or graph.model
+    for stop in ends.stops:
+        return graph.nodes[stop.node].module or graph.model
+    return None
+
+
+def _names(origins: Origins, ends: Ends) -> tuple[str, ...]:
+    found = (origins.of(contraction.other) or () for contraction in ends.contractions)
+    return tuple(dict.fromkeys(part.tensor for parts in found for part in parts))
+
+
+def _axis(part: Part, contraction: Contraction) -> int | None:
+    """The tensor's own axis that lies along the axis summed over."""
+    axes = [
+        axis
+        for axis, track in enumerate(part.tracks)
+        if track is not None and track.axis == contraction.other_axis
+    ]
+    return axes[0] if len(axes) == 1 else None
+
+
+def _merge(scale: dict[int, int], part: Part, axis: int, gain: Track) -> bool:
+    """Note which coordinate of the gain meets each slice of the tensor; False if two do."""
+    own = part.tracks[axis]
+    assert own is not None
+    return all(
+        scale.setdefault(i, coordinate) == coordinate
+        for i, coordinate in zip(own.index, gain.index, strict=True)
+        if i != _NONE
+    )
+
+
+def _index(graph: Graph, tensor: str, axis: int, scale: dict[int, int]) -> tuple[int, ...]:
+    size = graph.values[graph.leaf_values[tensor]].shape[axis]
+    assert isinstance(size, int)
+    return tuple(scale.get(i, _NONE) for i in range(size))
+
+
+def _exclusive(
+    graph: Graph,
+    origins: Origins,
+    readers: Mapping[str, Reader],
+    contractions: tuple[Contraction, ...],
+    tied: Literal["keep", "untie"],
+) -> Readers | Obstacle:
+    """Nothing else may read the readers, save through a tie that the user allows to cut."""
+    allowed = {(contraction.node, contraction.other) for contraction in contractions}
+    found: dict[str, Reader] = {}
+    copies: dict[str, str] = {}
+    for tensor, reader in readers.items():
+        track = Track(reader.axis, reader.index)
+        elsewhere = reader_outside(graph, graph.leaf_values[tensor], track, allowed)
+        tie = _tie(graph, origins, tensor)
+        if elsewhere is None and tie is None:
+            found[tensor] = reader
+            continue
+        copy = tie and _copy(graph, origins, tie, tensor, track, allowed)
+        if tie is None or copy is None:
+            also = elsewhere or "the parameter that is tied to it"
+            return Obstacle(f"{tensor} is also read by {also}", tuple(readers))
+        if tied == "keep":
+            reason = (
+                f"its reader {copy} is tied to {tie.source}; --tied untie gives it its own copy"
+            )
+            return Obstacle(reason, tuple(readers))
+        found[copy], copies[copy] = reader, tensor
+    return Readers(readers=found, contractions=contractions, copies=copies)
+
+
+def _tie(graph: Graph, origins: Origins, tensor: str) -> Tie | None:
+    """The tie that `tensor` takes part in."""
+    parameters = dict(graph.parameters)
+    for tie in graph.ties:
+        for name in (tie.parameter, tie.source):
+            parts = origins.of(parameters[name]) or ()
+            if any(part.tensor == tensor for part in parts):
+                return tie
+    return None
+
+
+def _copy(
+    graph: Graph,
+    origins: Origins,
+    tie: Tie,
+    tensor: str,
+    track: Track,
+    allowed: set[tuple[int, int]],
+) -> str | None:
+    """The name for the tied parameter's own copy, if all that reads the norm reads only it."""
+    value = dict(graph.parameters)[tie.parameter]
+    if tie.tensor is None or reader_outside(graph, value, track, allowed) is not None:
+        return None
+    through = follow(graph, {value: track}, parts=True).contractions
+    reached = {(contraction.node, contraction.operand) for contraction in through}
+    needed = {
+        (node, operand)
+        for node, operand in allowed
+        if any(part.tensor == tensor for part in origins.of(operand) or ())
+    }
+    return tie.tensor if needed <= reached else None

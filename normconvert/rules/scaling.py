@@ -1,0 +1,364 @@
+"""Where a scaling of one axis goes: the proof behind every fold.
+
+Suppose the elements of a value are multiplied by g along one axis. Operations that rearrange
+or that are linear pass the scaling on; a contraction over the axis absorbs it if the other
+operand is divided by g; everything else stops it. `follow` says for a whole graph where the
+scaling ends, and `origins` which tensors of the checkpoint an operand consists of.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from normconvert.ir.graph import Graph, Node, Ref
+from normconvert.rules.axes import Shape, Track, joined, move, stacked
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contraction:
+    """A product that sums over the scaled axis: the scaled value is input `operand` of `node`.
+
+    `other` is the value that it is multiplied with and `other_axis` the axis summed there;
+    `track` tells which coordinate each position of the sum has.
+    """
+
+    node: int
+    operand: int
+    other: int
+    other_axis: int
+    track: Track
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A use that does not pass the scaling on. `node` is -1 for an output of the model."""
+
+    node: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Every place where a scaling ends."""
+
+    contractions: tuple[Contraction, ...]
+    stops: tuple[Stop, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of the checkpoint inside a value: a track for each of its own axes, if known.
+
+    `plain` says that its elements are unchanged, only rearranged.
+    """
+
+    tensor: str
+    tracks: tuple[Track | None, ...]
+    plain: bool
+
+
+_INDEPENDENT = frozenset({
+    "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "empty_like",
+    "full_like",
+})  # fmt: skip
+_SUMS = frozenset({"sum", "mean", "cumsum"})
+_PRODUCTS: Mapping[str, tuple[str, str]] = {
+    "mm": ("self", "mat2"),
+    "bmm": ("self", "mat2"),
+    "addmm": ("mat1", "mat2"),
+    "baddbmm": ("batch1", "batch2"),
+    "mv": ("self", "vec"),
+    "dot": ("self", "tensor"),
+}
+
+
+def follow(
+    graph: Graph, seeds: Mapping[int, Track], *, parts: bool = False, rearrange_only: bool = False
+) -> Ends:
+    """Every end of the scaling that `seeds` (value -> track) begins.
+
+    With `parts`, a scaled piece may be joined with other tensors of the checkpoint, each of
+    which is then scaled on its own account. With `rearrange_only`, linear operations stop it
+    as well, so that a constant vector added to the seeds would go the same way.
+    """
+    tracks = dict(seeds)
+    outputs = {value: name for name, value in graph.outputs}
+    contractions: list[Contraction] = []
+    stops: list[Stop] = []
+    queue = sorted({node for value in tracks for node in graph.consumers.get(value, ())})
+    seen = set(queue)
+    for value in tracks:
+        if value in outputs:
+            stops.append(Stop(-1, f"it is an output of the model ({outputs[value]})"))
+    while queue:
+        position = heapq.heappop(queue)
+        step = _Step(graph, position, tracks, parts, rearrange_only)
+        carried = step.run()
+        contractions += step.contractions
+        stops += step.stops
+        for value, track in carried.items():
+            if not _scales(track):
+                continue
+            tracks[value] = track
+            if value in outputs:
+                stops.append(Stop(-1, f"it is an output of the model ({outputs[value]})"))
+            for consumer in graph.consumers.get(value, ()):
+                if consumer not in seen:
+                    seen.add(consumer)
+                    heapq.heappush(queue, consumer)
+    return Ends(tuple(contractions), tuple(stops))
+
+
+def _scales(track: Track) -> bool:
+    return isinstance(track.index, range) or any(i >= 0 for i in track.index)
+
+
+class _Step:
+    """What one node does with the scalings of its inputs."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        position: int,
+        tracks: Mapping[int, Track],
+        parts: bool,
+        rearrange_only: bool,
+    ) -> None:
+        self.graph, self.position, self.tracks = graph, position, tracks
+        self.node = graph.nodes[position]
+        self.parts, self.rearrange_only = parts, rearrange_only
+        self.contractions: list[Contraction] = []
+        self.stops: list[Stop] = []
+
+    def run(self) -> dict[int, Track]:
+        """The tracks of the node's outputs; contractions and stops are noted on the way."""
+        node = self.node
+        scaled = [i for i, value in enumerate(node.inputs) if value in self.tracks]
+        if node.op in _INDEPENDENT:
+            return {}
+        if node.op in _PRODUCTS:
+            return self._product(scaled)
+        if node.op in ("cat", "stack"):
+            return self._join(scaled)
+        if len(scaled) == 1 and (moved := self._move(scaled[0])) is not None:
+            return moved
+        if not self.rearrange_only:
+            if node.op in ("mul", "div"):
+                return self._multiply(scaled)
+            if node.op in ("add", "sub"):
+                return self._add(scaled)
+            if node.op in _SUMS:
+                return self._sum()
+            if node.op == "neg":
+                return self._elementwise(0)
+            if node.op == "masked_fill" and scaled == [0] and node.argument("value") == 0:
+                return self._elementwise(0)
+        return self._stop()
+
+    def _shape(self, value: int) -> Shape:
+        return self.graph.values[value].shape
+
+    def _track(self, operand: int) -> Track:
+        return self.tracks[self.node.inputs[operand]]
+
+    def _stop(self, reason: str | None = None) -> dict[int, Track]:
+        self.stops.append(Stop(self.position, reason or self._described()))
+        return {}
+
+    def _described(self) -> str:
+        node = self.node
+        where = node.module or self.graph.model
+        if node.op == "norm":
+            return f"it is read by the norm {node.module}"
+        if node.op in ("add", "sub"):
+            return f"it is added to another tensor in {where}, not only multiplied by weights"
+        if node.op == "mul":
+            return f"it is multiplied with another activation in {where}"
+        return f"it goes through {node.op} in {where}, which does not pass a gain on"
+
+    def _move(self, operand: int) -> dict[int, Track] | None:
+        node = self.node
+        value = node.inputs[operand]
+        after = tuple(self._shape(output) for output in node.outputs)
+        moved = move(node, operand, self._track(operand), self._shape(value), after)
+        if moved is None:
+            return None
+        kept = {out: track for out, track in zip(node.outputs, moved, strict=True) if track}
+        floats = all(self.graph.values[out].dtype.startswith(("float", "bfloat")) for out in kept)
+        return kept if len(kept) == len(node.outputs) and floats else self._stop()
+
+    def _join(self, scaled: list[int]) -> dict[int, Track]:
+        node = self.node
+        inputs = node.inputs
+        tracks = [self._track(i) if i in scaled else None for i in range(len(inputs))]
+        known = self._track(scaled[0])
+        if node.op == "stack":
+            across = True
+            track: Track | None = stacked(node, self._shape(inputs[0]), known)
+        else:
+            track = joined(node, [self._shape(value) for value in inputs], tracks)
+            across = track is None or track is known
+        whole = all(other == known for other in tracks)
+        if track is None or (across and not whole and not self.parts):
+            return self._stop(f"it is joined with another tensor in {node.module}")
+        return {node.outputs[0]: track}
+
+    def _multiply(self, scaled: list[int]) -> dict[int, Track]:
+        if len(scaled) == 2 or (self.node.op == "div" and scaled == [1]):
+            return self._stop()
+        if self.node.argument("rounding_mode") is not None:
+            return self._stop()
+        return self._elementwise(scaled[0])
+
+    def _elementwise(self, operand: int) -> dict[int, Track]:
+        """Elementwise with something unscaled: the axis counts from the right, sizes broadcast."""
+        track = self._track(operand)
+        before, after = self._shape(self.node.inputs[operand]), self._shape(self.node.outputs[0])
+        axis = track.axis + len(after) - len(before)
+        if after[axis] != before[track.axis]:
+            return self._stop()
+        return {self.node.outputs[0]: replace(track, axis=axis)}
+
+    def _add(self, scaled: list[int]) -> dict[int, Track]:
+        if len(scaled) < 2 or self._track(0) != self._track(1):
+            return self._stop()
+        if self._shape(self.node.inputs[0]) != self._shape(self.node.inputs[1]):
+            return self._stop()
+        return {self.node.outputs[0]: self._track(0)}
+
+    def _sum(self) -> dict[int, Track]:
+        node, track = self.node, self._track(0)
+        rank = len(self._shape(node.inputs[0]))
+        dims = node.argument("dim")
+        if isinstance(dims, int):
+            dims = (dims,)
+        if not isinstance(dims, tuple) or not dims:
+            return self._stop()
+        summed = {dim % rank for dim in dims if isinstance(dim, int)}
+        if track.axis in summed:
+            return self._stop()
+        if node.op != "cumsum" and not node.argument("keepdim", False):
+            track = replace(track, axis=track.axis - sum(dim < track.axis for dim in summed))
+        return {node.outputs[0]: track}
+
+    def _product(self, scaled: list[int]) -> dict[int, Track]:
+        node = self.node
+        names = _PRODUCTS[node.op]
+        operands = [_ref(node, name) for name in names]
+        inputs = node.inputs
+        if any(inputs[i] not in operands for i in scaled):
+            return self._stop()  # the tensor that addmm and baddbmm add
+        if operands[0] == operands[1] or len(scaled) > 1:
+            return self._stop(f"it is multiplied with itself in {node.module}")
+        side = operands.index(inputs[scaled[0]])
+        value, other = operands[side], operands[1 - side]
+        track = self._track(scaled[0])
+        ranks = [len(self._shape(operand)) for operand in operands]
+        summed = [ranks[0] - 1, max(ranks[1] - 2, 0)]
+        if track.axis == summed[side]:
+            self.contractions.append(
+                Contraction(
+                    node=self.position,
+                    operand=value,
+                    other=other,
+                    other_axis=summed[1 - side],
+                    track=track,
+                )
+            )
+            return {}
+        if self.rearrange_only or len(inputs) > 2:
+            return self._stop()
+        return {node.outputs[0]: track}
+
+
+def _ref(node: Node, name: str) -> int:
+    argument = node.argument(name)
+    assert isinstance(argument, Ref)
+    return argument.value
+
+
+class Origins:
+    """Which tensors of the checkpoint a value is made of, worked out backwards and remembered."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._known: dict[int, tuple[Part, ...] | None] = {}
+
+    def of(self, value: int) -> tuple[Part, ...] | None:
+        """The parts of `value`, or None if anything else is in it.
+
+        Multiplying a part by something else leaves it a part: a scaling still passes through.
+        """
+        if value not in self._known:
+            self._known[value] = self._find(value)
+        return self._known[value]
+
+    def vector(self, value: int | None) -> str | None:
+        """The tensor of the checkpoint that the vector `value` is, whole and in order, or None."""
+        parts = None if value is None else self.of(value)
+        if value is None or parts is None or len(parts) != 1 or len(parts[0].tracks) != 1:
+            return None
+        shape = self._graph.values[value].shape
+        whole = (
+            len(shape) == 1 and isinstance(shape[0], int) and identity(parts[0].tracks[0], shape[0])
+        )
+        return parts[0].tensor if whole else None
+
+    def _find(self, value: int) -> tuple[Part, ...] | None:
+        graph = self._graph
+        if value in graph.leaf_names:
+            shape = graph.values[value].shape
+            ranges = (range(size) for size in shape if isinstance(size, int))
+            tracks = tuple(Track(axis, index) for axis, index in enumerate(ranges))
+            return (Part(graph.leaf_names[value], tracks, plain=True),)
+        producer = graph.producers.get(value)
+        if producer is None:
+            return None
+        node = graph.nodes[producer]
+        if node.op in ("cat", "stack"):
+            found = [self.of(each) for each in node.inputs]
+            if any(parts is None for parts in found):
+                return None
+            return tuple(
+                self._carried(part, producer, value, operand)
+                for operand, parts in enumerate(found)
+                for part in parts or ()
+            )
+        operands = [i for i, each in enumerate(node.inputs) if self.of(each) is not None]
+        if len(operands) != 1 or node.op in ("norm", "overwritten"):
+            return None
+        parts = self.of(node.inputs[operands[0]])
+        carried = tuple(self._carried(part, producer, value, operands[0]) for part in parts or ())
+        return carried if any(t is not None for p in carried for t in p.tracks) else None
+
+    def _carried(self, part: Part, producer: int, value: int, operand: int) -> Part:
+        graph = self._graph
+        node = graph.nodes[producer]
+        tracks: list[Track | None] = []
+        plain = False
+        for track in part.tracks:
+            seed = {node.inputs[operand]: track} if track is not None else {}
+            carried: Mapping[int, Track] = {}
+            if seed and node.op not in _PRODUCTS:
+                carried = _Step(graph, producer, seed, parts=True, rearrange_only=True).run()
+                plain = plain or bool(carried)
+                carried = (
+                    carried or _Step(graph, producer, seed, parts=True, rearrange_only=False).run()
+                )
+            tracks.append(carried.get(value))
+        return Part(part.tensor, tuple(tracks), plain=part.plain and plain)
+
+
+def identity(track: Track | None, size: int) -> bool:
+    """Whether `track` runs through all coordinates 0 to `size` - 1 in order."""
+    return track is not None and same(track.index, range(size))
+
+
+def same(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two indices are equal, be they ranges or tuples."""
+    return one == other if type(one) is type(other) else tuple(one) == tuple(other)

@@ -1,0 +1,190 @@
+"""A checkpoint on disk: its configuration, its shards' headers, its other files."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from normconvert.errors import SourceError
+from normconvert.source.header import Header, Tensor, read_header
+from normconvert.source.hub import fetch
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One safetensors file of the checkpoint; `name` is relative to the folder."""
+
+    name: str
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint. No weight has been read.
+
+    `model` is what the user asked for; `commit` the Hub commit it was pinned to, None for a
+    local folder.
+    """
+
+    model: str
+    folder: Path
+    commit: str | None
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name on disk."""
+        return {t.name: t for shard in self.shards for t in shard.header.tensors}
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """The file of every tensor."""
+        return {t.name: shard.path for shard in self.shards for t in shard.header.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the shards are listed in an index file."""
+        return not (self.folder / SINGLE_FILE).is_file()
+
+
+def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Open the local folder or the Hub repository `model`, reading headers only.
+
+    `revision` is a branch, tag or commit of a Hub repository.
+
+    Raises:
+        SourceError: something is missing, damaged or unsupported; the message names it.
+    """
+    folder, commit = fetch(model, revision)
+    config = read_json(folder / "config.json")
+    _refuse_quantised(folder / "config.json", config)
+    shards = tuple(
+        Shard(name=name, path=folder / name, header=read_header(folder / name))
+        for name in _shard_names(folder)
+    )
+    if (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
+        _check_index(folder, shards)
+    checkpoint = Checkpoint(model=model, folder=folder, commit=commit, config=config, shards=shards)
+    _refuse_packed(checkpoint)
+    return checkpoint
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Raises:
+        SourceError: there is no such file, or it is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"{path.parent} has no {path.name}; give the folder of a Hugging Face checkpoint."
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{path} is not JSON ({error}); download the file again.") from error
+    if not isinstance(content, dict):
+        raise SourceError(f"{path} is not a JSON object; download the file again.")
+    return content
+
+
+def _shard_names(folder: Path) -> list[str]:
+    """The checkpoint's files, found as transformers finds them: one file, or an index."""
+    if (folder / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        names = list(dict.fromkeys(_weight_map(folder).values()))
+        for name in names:
+            _check_shard_name(folder, name)
+        return names
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        raise SourceError(
+            f"{folder} holds its weights as a pickle ({pickles[0]}); save it as safetensors "
+            "first: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')"
+            ".save_pretrained(NEW_FOLDER)."
+        )
+    raise SourceError(
+        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of a checkpoint "
+        "with safetensors weights."
+    )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX_FILE
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise SourceError(f"{path} has no weight_map; download the file again.")
+    return weight_map
+
+
+def _check_shard_name(folder: Path, name: str) -> None:
+    if name in ("", ".", "..") or os.path.basename(name) != name or "\\" in name:
+        raise SourceError(
+            f"{folder / INDEX_FILE} names {name!r}, which is not a file beside it; "
+            "normconvert reads nothing outside the checkpoint's folder."
+        )
+    if not (folder / name).is_file():
+        raise SourceError(
+            f"The shard {name} is missing from {folder}, although {INDEX_FILE} names it; "
+            "download it."
+        )
+
+
+def _check_index(folder: Path, shards: tuple[Shard, ...]) -> None:
+    """The index and the headers must agree, or a tensor would be lost without a word."""
+    placed = {t.name: shard.name for shard in shards for t in shard.header.tensors}
+    if sum(len(shard.header.tensors) for shard in shards) != len(placed):
+        raise SourceError(f"The shards of {folder} store a tensor twice; download them again.")
+    weight_map = _weight_map(folder)
+    for tensor, shard in weight_map.items():
+        if placed.get(tensor) != shard:
+            raise SourceError(
+                f"{INDEX_FILE} in {folder} says that {shard} holds {tensor!r}, but it does not; "
+                "download both again."
+            )
+    for tensor, shard in placed.items():
+        if tensor not in weight_map:
+            raise SourceError(
+                f"{shard} in {folder} holds {tensor!r}, which {INDEX_FILE} does not name; "
+                "download both again."
+            )
+
+
+def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
+    found = config.get("quantization_config") or config.get("compression_config")
+    if found:
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        raise SourceError(
+            f"{path} says that the weights are quantised (quant_method {method!r}); a gain "
+            "cannot be folded into them exactly. Convert the unquantised checkpoint, then quantise."
+        )
+
+
+def _refuse_packed(checkpoint: Checkpoint) -> None:
+    for tensor in checkpoint.tensors.values():
+        quantised = tensor.dtype.startswith("F8") or tensor.name.endswith((".qweight", ".qzeros"))
+        packed = tensor.dtype in ("I8", "U8", "I32") and tensor.name.endswith("weight")
+        if quantised or packed:
+            raise SourceError(
+                f"{checkpoint.paths[tensor.name]} stores {tensor.name!r} as {tensor.dtype}: the "
+                "weights are quantised. Convert the unquantised checkpoint, then quantise."
+            )

@@ -1,0 +1,5 @@
+"""Trace: a checkpoint's model runs once on fake tensors, and every operation becomes a node."""
+
+from normconvert.trace.tracer import trace
+
+__all__ = ["trace"]

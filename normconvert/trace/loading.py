@@ -1,0 +1,153 @@
+"""Building a checkpoint's model on fake tensors and loading the checkpoint into it.
+
+transformers' own loader runs, on one fake leaf for every tensor on disk, so that what it does
+between disk and module (renames, stacked experts, transposes, casts) is recorded, not known.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import initialization
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from normconvert.errors import TraceError
+from normconvert.ir.graph import Tie
+from normconvert.source import Checkpoint
+from normconvert.torch_dtypes import TORCH_DTYPE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+    from normconvert.trace.recorder import Recorder
+
+
+def build(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights, in the implementations whose operations are the plainest."""
+    with initialization.no_init_weights(), initialization.no_tie_weights():
+        model = model_class._from_config(config, dtype=dtype, attn_implementation="eager")
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")
+    model.eval()
+    return model
+
+
+def load(
+    model: PreTrainedModel, checkpoint: Checkpoint, recorder: Recorder
+) -> tuple[tuple[tuple[str, int], ...], tuple[Tie, ...]]:
+    """Load one fake leaf per tensor on disk into `model`; return the leaves and the ties.
+
+    Raises:
+        TraceError: the model needs a tensor that the checkpoint does not have, or one has
+            another shape; the message names it.
+    """
+    state = {
+        name: torch.empty(tensor.shape, dtype=TORCH_DTYPE[tensor.dtype])
+        for name, tensor in checkpoint.tensors.items()
+    }
+    leaves = tuple((name, recorder.new_value(leaf)) for name, leaf in state.items())
+    mapping = get_model_conversion_mapping(model)
+    config = LoadStateDictConfig(weight_mapping=mapping, dtype=model.dtype)
+    with recorder, _loading_quietly_in_this_thread():
+        info, _ = convert_and_load_state_dict_in_model(model, state, config)
+        _refuse_misfits(model, checkpoint, info)
+        ties = _tie(model, info.missing_keys, mapping)
+    tied = {tie.parameter for tie in ties}
+    missing = sorted(info.missing_keys - tied - {name for name, _ in model.named_buffers()})
+    if missing:
+        raise TraceError(
+            f"{checkpoint.folder} has no tensor for {missing[0]!r}, which "
+            f"{type(model).__name__} needs ({len(missing)} missing); is the checkpoint complete?"
+        )
+    return leaves, ties
+
+
+def _refuse_misfits(model: PreTrainedModel, checkpoint: Checkpoint, info: Any) -> None:
+    for name, found, expected in info.mismatched_keys:
+        raise TraceError(
+            f"The tensor for {name!r} in {checkpoint.folder} has shape {list(found)}, but "
+            f"{type(model).__name__} with this config.json needs {list(expected)}."
+        )
+    for name, error in info.conversion_errors.items():
+        raise TraceError(
+            f"transformers cannot load {name!r} of {checkpoint.folder}: "
+            f"{error.strip().splitlines()[-1]}"
+        )
+
+
+def _tie(model: PreTrainedModel, missing: set[str], mapping: list[Any]) -> tuple[Tie, ...]:
+    """Give every tied parameter a value of its own that is an alias of the stored one.
+
+    transformers would make them one object, and the graph could not tell who reads which.
+    """
+    groups: dict[str, list[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(target)
+    ties = []
+    for members in groups.values():
+        stored = [name for name in members if name not in missing]
+        if not stored:
+            continue  # reported as missing
+        kept = stored[0]
+        for name in members:
+            if name == kept:
+                continue
+            if name in missing:
+                _set(model, name, torch.ops.aten.alias(model.get_parameter_or_buffer(kept)))
+            ties.append(
+                Tie(
+                    parameter=name,
+                    source=kept,
+                    tensor=_name_on_disk(model, name, mapping),
+                    stored=name not in missing,
+                )
+            )
+    return tuple(ties)
+
+
+def _set(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def _name_on_disk(model: PreTrainedModel, parameter: str, mapping: list[Any]) -> str | None:
+    """The parameter's own name, if a tensor stored under it would be loaded into it."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    expected = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
+    meta: dict[str, bool] = dict.fromkeys(expected, True)
+    renamed, converter = rename_source_key(
+        parameter, renamings, converters, model.base_model_prefix, meta
+    )
+    return parameter if renamed == parameter and converter is None else None
+
+
+@contextmanager
+def _loading_quietly_in_this_thread() -> Iterator[None]:
+    """transformers loads in threads, which a dispatch mode does not see, and draws a bar."""
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    bar = logging.is_progress_bar_enabled()
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,124 @@
+"""Recording: a dispatch mode that turns every ATen operation into a node of the graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from normconvert.ir.graph import Argument, Node, Ref, Size, Value
+
+
+class Recorder(TorchDispatchMode):
+    """Records what runs inside it. Tensors are told apart by identity, so all are kept alive.
+
+    In-place operations become ordinary ones that make a new value; every other tensor that
+    shares the overwritten memory becomes a value of an ``overwritten`` node, which no rule
+    knows, so that nothing is concluded about it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+        self.module = ""
+        self.paused = False
+        self._value_of: dict[int, int] = {}
+        self._sharing: dict[int, list[torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or func is torch.ops.prim.device.default:
+            return func(*args, **kwargs)
+        named = _named(func, args, kwargs)
+        arguments = tuple((name, self._argument(value)) for name, value in named.items())
+        written = [
+            named[arg.name]
+            for arg in func._schema.arguments
+            if arg.alias_info is not None and arg.alias_info.is_write and arg.name in named
+        ]
+        result = func(*args, **kwargs)
+        overwritten = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
+        fresh = [
+            t
+            for t in tree_leaves(result)
+            if isinstance(t, torch.Tensor) and not any(t is other for other in overwritten)
+        ]
+        self._add(_name(func), arguments, [*overwritten, *fresh])
+        for tensor in overwritten:
+            self._overwrite_sharers(tensor)
+        return result
+
+    def value(self, tensor: torch.Tensor) -> int:
+        """The value that `tensor` holds now; one not seen before is a constant."""
+        known = self._value_of.get(id(tensor))
+        if known is not None:
+            return known
+        sharers = self._sharing.get(_storage(tensor))
+        if not sharers:
+            return self.new_value(tensor)
+        base = self._value_of[id(sharers[0])]
+        self._add("alias_of_unknown_layout", (("self", Ref(base)),), [tensor])
+        return self._value_of[id(tensor)]
+
+    def new_value(self, tensor: torch.Tensor) -> int:
+        """Give `tensor` a new value."""
+        if id(tensor) not in self._value_of:
+            self._sharing.setdefault(_storage(tensor), []).append(tensor)
+        self._value_of[id(tensor)] = len(self.values)
+        self.values.append(Value(shape=_shape(tensor), dtype=str(tensor.dtype).split(".")[1]))
+        return len(self.values) - 1
+
+    def add_call(
+        self, op: str, arguments: dict[str, torch.Tensor | None], output: torch.Tensor
+    ) -> None:
+        """Record a whole call of a module as the one node `op`."""
+        named = tuple((name, self._argument(value)) for name, value in arguments.items())
+        self._add(op, named, [output])
+
+    def _add(
+        self, op: str, arguments: tuple[tuple[str, Argument], ...], outputs: list[torch.Tensor]
+    ) -> None:
+        values = tuple(self.new_value(tensor) for tensor in outputs)
+        self.nodes.append(Node(op=op, arguments=arguments, outputs=values, module=self.module))
+
+    def _overwrite_sharers(self, tensor: torch.Tensor) -> None:
+        for other in tuple(self._sharing.get(_storage(tensor), ())):
+            if other is not tensor:
+                reads = (
+                    ("self", Ref(self._value_of[id(other)])),
+                    ("by", Ref(self._value_of[id(tensor)])),
+                )
+                self._add("overwritten", reads, [other])
+
+    def _argument(self, value: Any) -> Argument:
+        if isinstance(value, torch.Tensor):
+            return Ref(self.value(value))
+        if isinstance(value, (list, tuple)):
+            return tuple(self._argument(item) for item in value)
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
+        return str(value)
+
+
+def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _name(func: Any) -> str:
+    """``mm`` for aten.mm.default and mm_ alike; with the namespace if it is not aten."""
+    namespace, _, name = func._schema.name.partition("::")
+    if func._schema.is_mutable and name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return str(name if namespace == "aten" else f"{namespace}::{name}")
+
+
+def _shape(tensor: torch.Tensor) -> tuple[Size, ...]:
+    return tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata

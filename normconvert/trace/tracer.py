@@ -1,0 +1,167 @@
+"""One forward pass at the model's real size on fake tensors: no memory, no weights."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_leaves_with_path
+
+from normconvert.errors import TraceError
+from normconvert.ir.graph import Graph, Norm
+from normconvert.model_class import resolve
+from normconvert.trace.loading import build, load
+from normconvert.trace.recognise import Formula, recognise
+from normconvert.trace.recorder import Recorder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from normconvert.source import Checkpoint
+
+BATCH, LENGTH = 2, 7
+"""Sizes that no model dimension has, so that an axis can be told from its size."""
+
+
+def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
+    """The graph of one forward pass of the model that `checkpoint` holds.
+
+    Raises:
+        TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
+    """
+    model_class, config = resolve(checkpoint, trust_remote_code)
+    recorder = Recorder()
+    fake = FakeTensorMode(
+        allow_non_fake_inputs=True,
+        shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
+    )
+    with fake, torch.no_grad():
+        model = build(model_class, config, torch.float32)
+        leaves, ties = load(model, checkpoint, recorder)
+        parameters = tuple(
+            (name, recorder.value(parameter))
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+        )
+        calls = _NormCalls(model, recorder)
+        try:
+            with calls, recorder:
+                output = model(**_inputs(model))
+        except Exception as error:  # the model's own code may raise anything
+            raise TraceError(
+                f"The forward pass of {model_class.__name__} cannot be traced: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            ) from error
+        outputs = tuple(
+            ("".join(str(key) for key in path), recorder.value(leaf))
+            for path, leaf in tree_leaves_with_path(dict(output))
+            if isinstance(leaf, torch.Tensor)
+        )
+    return Graph(
+        model=model_class.__name__,
+        values=tuple(recorder.values),
+        nodes=tuple(recorder.nodes),
+        leaves=leaves,
+        parameters=parameters,
+        norms=tuple(calls.norms.values()),
+        ties=ties,
+        outputs=outputs,
+    )
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, Any]:
+    accepted = inspect.signature(model.forward).parameters
+    if "input_ids" not in accepted:
+        raise TraceError(f"{type(model).__name__} reads no input_ids; only text models are traced.")
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    positions = torch.arange(LENGTH).unsqueeze(0).expand(BATCH, LENGTH)
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = ids
+    if "position_ids" in accepted:
+        inputs["position_ids"] = positions
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+class _NormCalls:
+    """While active, follows the module that runs and records each norm's call as one node."""
+
+    def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
+        self.norms: dict[str, Norm] = {}
+        self._recorder = recorder
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._model = model
+        self._formulas: dict[str, Formula | None] = {}
+        self._outer: list[str] = []
+        self._probing = False
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for module in self._model.modules():
+            self._handles += [
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True),
+            ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._recorder.paused = False
+
+    def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        if self._recorder.paused:
+            return
+        self._outer.append(self._recorder.module)
+        self._recorder.module = self._paths[id(module)]
+        if self._formula(module, args, kwargs) is not None:
+            self._recorder.paused = True
+
+    def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        path = self._paths[id(module)]
+        if self._recorder.paused:
+            if self._probing or path != self._recorder.module:
+                return
+            self._recorder.paused = False
+            self._add_norm(path, module, _tensors(args, kwargs)[0], output)
+        self._recorder.module = self._outer.pop()
+
+    def _formula(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Formula | None:
+        path = self._paths[id(module)]
+        if path not in self._formulas:
+            self._formulas[path] = self._probe(module, _tensors(args, kwargs))
+        return self._formulas[path]
+
+    def _probe(self, module: torch.nn.Module, inputs: list[torch.Tensor]) -> Formula | None:
+        if len(inputs) != 1 or not inputs[0].is_floating_point():
+            return None
+        shape = tuple(size if isinstance(size, int) else 3 for size in inputs[0].shape)
+        self._probing = self._recorder.paused = True
+        try:
+            return recognise(module, shape)
+        finally:
+            self._probing = self._recorder.paused = False
+
+    def _add_norm(
+        self, path: str, module: torch.nn.Module, x: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        formula = self._formulas[path]
+        assert formula is not None
+        gain = getattr(module, formula.gain) if formula.gain else None
+        bias = getattr(module, formula.bias) if formula.bias else None
+        self.norms[path] = Norm(
+            module=path,
+            kind=formula.kind,
+            gain=None if gain is None else self._recorder.value(gain),
+            bias=None if bias is None else self._recorder.value(bias),
+            offset=formula.offset,
+            eps=formula.eps,
+        )
+        self._recorder.add_call("norm", {"input": x, "gain": gain, "bias": bias}, output)
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]

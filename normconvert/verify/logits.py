@@ -1,0 +1,260 @@
+"""Logits end to end: two checkpoints run on the same tokens, against a measured noise floor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from normconvert.errors import VerificationError
+from normconvert.ir.event import Event, Listener
+from normconvert.ir.report import Comparison, Equivalence
+from normconvert.model_class import resolve
+from normconvert.precision import float64
+from normconvert.torch_dtypes import TORCH_DTYPE
+from normconvert.verify.noise import perturbed
+from normconvert.verify.tokens import token_sets
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from normconvert.source import Checkpoint
+
+_FLOOR_RUNS = 3
+_TIMES_FLOOR = 4.0
+_PASSES = 2 + _FLOOR_RUNS
+
+
+def compare(
+    original: Checkpoint,
+    converted: Checkpoint,
+    *,
+    text: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    listen: Listener,
+) -> Equivalence:
+    """Whether `converted` gives the logits of `original`.
+
+    Both are run on the same tokens. Then the tensors in which they differ are perturbed in the
+    original within the rounding of their stored dtype, three times; they are equivalent if
+    their logits differ by at most four times what that does.
+
+    Raises:
+        VerificationError: one of them cannot be loaded whole or cannot be run.
+    """
+    compute = getattr(torch, dtype) if dtype else _next_wider(original)
+    with _Runner(compute, trust_remote_code, listen) as run:
+        model = run.load(original)
+        sets, notes = token_sets(original, text, *_limits(model))
+        reference = run.logits(model, sets)
+        before = _digests(model)
+        del model
+        model = run.load(converted)
+        candidate = run.logits(model, sets)
+        differing = _differing(before, _digests(model))
+        del model
+        floor = []
+        for seed in range(_FLOOR_RUNS if differing else 0):
+            model = run.load(original)
+            _perturb(model, differing, original, converted, seed)
+            floor.append(run.logits(model, sets))
+            del model
+    comparisons = tuple(
+        _comparison(name, reference[name], candidate[name], [each[name] for each in floor])
+        for name in sets
+    )
+    return Equivalence(
+        original=original.model,
+        converted=converted.model,
+        equivalent=all(comparison.equivalent for comparison in comparisons),
+        dtype=str(compute).removeprefix("torch."),
+        differing_tensors=len(differing),
+        comparisons=comparisons,
+        notes=notes,
+    )
+
+
+class _Runner:
+    """Loads models quietly and runs them, telling how many of the passes are done."""
+
+    def __init__(self, compute: torch.dtype, trust_remote_code: bool, listen: Listener) -> None:
+        self._compute, self._trust, self._listen = compute, trust_remote_code, listen
+        self._done = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Runner:
+        self._stack.enter_context(_quiet())
+        self._listen(Event("verifying", 0, _PASSES))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def load(self, checkpoint: Checkpoint) -> Any:
+        """The model of `checkpoint` in the dtype to compute in."""
+        model_class, config = resolve(checkpoint, self._trust)
+        try:
+            model, info = model_class.from_pretrained(
+                checkpoint.folder,
+                config=config,
+                dtype=self._compute,
+                attn_implementation="eager",
+                output_loading_info=True,
+            )
+        except Exception as error:  # transformers and model code may raise anything
+            raise VerificationError(
+                f"transformers cannot load {checkpoint.folder}: {_first_line(error)}"
+            ) from error
+        incomplete = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+        if incomplete:
+            raise VerificationError(
+                f"{checkpoint.folder} does not load whole: {sorted(incomplete)[0]!r} is missing "
+                f"or has another shape ({len(incomplete)} such tensors)."
+            )
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the others do not take every dtype
+        return model.eval()
+
+    def logits(self, model: Any, sets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The logits of `model` on every set of tokens, [positions, vocabulary]."""
+        exact = float64() if self._compute is torch.float64 else nullcontext()
+        found = {}
+        try:
+            with torch.no_grad(), exact:
+                for name, ids in sets.items():
+                    out = model(input_ids=ids)
+                    found[name] = getattr(out, "logits", out[0]).flatten(0, 1)
+        except Exception as error:  # the model's own code may raise anything
+            raise VerificationError(
+                f"{type(model).__name__} cannot be run in {self._compute}: {_first_line(error)}"
+            ) from error
+        self._done += 1
+        self._listen(Event("verifying", self._done, _PASSES))
+        return found
+
+
+def _next_wider(checkpoint: Checkpoint) -> torch.dtype:
+    """float32 for 16-bit weights, float64 for wider ones."""
+    return torch.float64 if _main_dtype(checkpoint).itemsize >= 4 else torch.float32
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating dtype that most of the checkpoint's bytes are stored in."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in checkpoint.tensors.values():
+        if TORCH_DTYPE[tensor.dtype].is_floating_point:
+            sizes[TORCH_DTYPE[tensor.dtype]] += tensor.nbytes
+    if not sizes:
+        raise VerificationError(f"{checkpoint.folder} has no floating-point weights to compare.")
+    return sizes.most_common(1)[0][0]
+
+
+def _limits(model: Any) -> tuple[int, int]:
+    """The vocabulary and the longest input of the model."""
+    config = model.config.get_text_config()
+    return config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 20
+
+
+def _parameters(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **{name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()},
+    }
+
+
+def _digests(model: Any) -> dict[str, bytes]:
+    """A hash of every tensor, by its name in the model: two models need not fit in memory."""
+    return {
+        name: hashlib.blake2b(
+            tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+        ).digest()
+        for name, tensor in _parameters(model).items()
+    }
+
+
+def _differing(before: dict[str, bytes], after: dict[str, bytes]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in before if after.get(name) != before[name]))
+
+
+def _perturb(
+    model: Any, names: tuple[str, ...], original: Checkpoint, converted: Checkpoint, seed: int
+) -> None:
+    """Perturb the tensors `names` of `model` in place, each on its own even if it is tied."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        tensor = getattr(module, attribute)
+        if not tensor.is_floating_point():
+            continue
+        stored = max(
+            (_stored(checkpoint, name) for checkpoint in (original, converted)),
+            key=lambda dtype: torch.finfo(dtype).eps,
+        )
+        noisy = perturbed(tensor.detach(), stored, generator)
+        if attribute in module._parameters:
+            setattr(module, attribute, torch.nn.Parameter(noisy, requires_grad=False))
+        else:
+            setattr(module, attribute, noisy)
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """The dtype that a parameter is stored in: its own, or where names differ that of most."""
+    tensor = checkpoint.tensors.get(name)
+    dtype = TORCH_DTYPE[tensor.dtype] if tensor else _main_dtype(checkpoint)
+    return dtype if dtype.is_floating_point else _main_dtype(checkpoint)
+
+
+def _comparison(
+    name: str, reference: torch.Tensor, candidate: torch.Tensor, floor: list[torch.Tensor]
+) -> Comparison:
+    if candidate.shape != reference.shape:
+        raise VerificationError(
+            f"The logits have different shapes: {list(reference.shape)} and "
+            f"{list(candidate.shape)}; these are not the same architecture."
+        )
+    largest, rms = _distance(reference, candidate)
+    floors = [_distance(reference, moved) for moved in floor]
+    floor_max = max((each[0] for each in floors), default=0.0)
+    floor_rms = max((each[1] for each in floors), default=0.0)
+    p, q = (logits.to(torch.float64).log_softmax(-1) for logits in (reference, candidate))
+    return Comparison(
+        tokens=name,
+        positions=len(reference),
+        max=largest,
+        rms=rms,
+        kl=float((p.exp() * (p - q)).sum(-1).mean()),
+        top1=float((reference.argmax(-1) == candidate.argmax(-1)).to(torch.float64).mean()),
+        floor_max=floor_max,
+        floor_rms=floor_rms,
+        equivalent=largest <= _TIMES_FLOOR * floor_max and rms <= _TIMES_FLOOR * floor_rms,
+    )
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    difference = one.to(torch.float64) - other.to(torch.float64)
+    return float(difference.abs().max()), float(difference.square().mean().sqrt())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars or warnings of transformers between ours."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

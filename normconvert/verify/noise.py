@@ -1,0 +1,35 @@
+"""The yardstick: what rounding the weights once, anywhere within half a unit, does to a model.
+
+A conversion rounds each weight that it changes to the stored dtype. No conversion can be
+nearer to its original than that, so the floor is measured: the same tensors of the original
+are perturbed at random by at most half a unit in the last place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def perturbed(
+    weight: torch.Tensor, stored: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """`weight` plus noise, uniform within half a unit in the last place of `stored`.
+
+    Where the weight's own dtype is no finer than `stored`, such noise would vanish in it; one
+    weight in twelve then moves by a whole unit, which has the same variance.
+    """
+    unit = unit_in_the_last_place(weight, stored)
+    uniform = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
+    if torch.finfo(weight.dtype).eps < torch.finfo(stored).eps:
+        noise = (uniform - 0.5) * unit
+    else:
+        noise = ((uniform < 1 / 24).to(unit) - (uniform > 23 / 24).to(unit)) * unit
+    return (weight.to(torch.float64) + noise).to(weight.dtype)
+
+
+def unit_in_the_last_place(weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """The distance to the next number of the dtype `stored` at each weight, in float64."""
+    info = torch.finfo(stored)
+    _, exponent = torch.frexp(weight.to(torch.float64))
+    power = torch.ldexp(torch.ones_like(weight, dtype=torch.float64), exponent - 1)
+    return power.clamp(min=info.smallest_normal) * info.eps
