@@ -5,7 +5,6 @@ source ──► trace ──► plan ──► rewrite ──► verify
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,7 +37,7 @@ def inspect(
     from normconvert.planner import make_plan
 
     checkpoint, graph = _open(model, revision, trust_remote_code, listen)
-    return _inspection(checkpoint, make_plan(graph, checkpoint, ("flashnorm",), tied=tied))
+    return _inspection(graph, checkpoint, make_plan(graph, checkpoint, ("flashnorm",), tied=tied))
 
 
 def convert(
@@ -73,7 +72,7 @@ def convert(
         check_output(target, local, force=force)
     checkpoint, graph = _open(model, revision, trust_remote_code, listen)
     plan, unchanged = _settle(graph, checkpoint, rewrite, tied, dtype)
-    inspection = _inspection(checkpoint, plan)
+    inspection = _inspection(graph, checkpoint, plan)
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
@@ -182,21 +181,28 @@ def _verify(
     )
 
 
-def _inspection(checkpoint: Checkpoint, plan: Plan) -> Inspection:
+def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
+    from normconvert.planner import make_plan
+
     tensors = checkpoint.tensors
-    sizes = {edit.tensor: math.prod(edit.shape) * edit.itemsize for edit in plan.edits}
-    before = sum(tensors[name].nbytes for name in sizes if name in tensors)
+    untied = make_plan(graph, checkpoint, plan.rules, tied="untie") if graph.ties else plan
     return Inspection(
         model=checkpoint.model,
         commit=checkpoint.commit,
         plan=plan,
         total_tensors=len(tensors),
         total_bytes=checkpoint.nbytes,
-        changed_tensors=len(sizes),
-        changed_bytes=sum(sizes.values()),
-        gain_bytes=sum(tensors[v].nbytes for v in {v.gain for v in plan.folded if v.gain}),
-        added_bytes=sum(sizes.values()) - before,
+        changed_tensors=len(plan.edits),
+        changed_bytes=sum(edit.nbytes for edit in plan.edits),
+        gain_bytes=sum(tensors[gain].nbytes for gain in {v.gain for v in plan.folded} if gain),
+        added_bytes=_growth(checkpoint, plan),
+        untied_bytes=_growth(checkpoint, untied),
     )
+
+
+def _growth(checkpoint: Checkpoint, plan: Plan) -> int:
+    before = (checkpoint.tensors[e.tensor] for e in plan.edits if e.tensor in checkpoint.tensors)
+    return sum(edit.nbytes for edit in plan.edits) - sum(tensor.nbytes for tensor in before)
 
 
 def _manifest(checkpoint: Checkpoint, plan: Plan, options: dict[str, Any]) -> dict[str, Any]:

@@ -41,3 +41,9 @@ class VerificationError(NormconvertError):
     """The two models could not be compared."""
 
     code = "verify"
+
+
+def first_line(error: Exception) -> str:
+    """The type and the first line of a foreign exception, to end a sentence of ours with."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from normconvert.errors import TraceError
+from normconvert.errors import TraceError, first_line
 from normconvert.source import Checkpoint
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTr
     except Exception as error:  # a config class may raise anything on wrong values
         raise TraceError(
             f"{checkpoint.folder / 'config.json'} is not a valid {model_type!r} "
-            f"configuration: {str(error).strip().splitlines()[0]}"
+            f"configuration: {first_line(error)}"
         ) from error
     if custom and trust_remote_code:
         return _remote_class(checkpoint), config
@@ -57,7 +57,8 @@ def _stock_class(checkpoint: Checkpoint, config: Any) -> type[PreTrainedModel]:
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in mapping:
         found = mapping[type(config)]
-        return found[0] if isinstance(found, (tuple, list)) else found
+        first: type[PreTrainedModel] = found[0] if isinstance(found, (tuple, list)) else found
+        return first
     raise TraceError(
         f"{checkpoint.folder / 'config.json'} names no architecture that transformers "
         f'{transformers.__version__} has; set "architectures" to the model\'s class.'

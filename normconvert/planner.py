@@ -10,7 +10,8 @@ from normconvert.ir.expression import Expression, Tensor, tensors
 from normconvert.ir.graph import Graph
 from normconvert.ir.plan import STORED_DTYPE, Dtype, Edit, Plan, Tied
 from normconvert.rules.flashnorm import flashnorm
-from normconvert.rules.proposal import Request, Rule
+from normconvert.rules.proposal import UNTIED, Request, Rule
+from normconvert.rules.scaling import Origins
 
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
@@ -49,6 +50,10 @@ def make_plan(
             dtypes.setdefault(copy, dtypes[original])
         expressions.update(proposal.expressions)
         config.update(proposal.config)
+    if config.get(UNTIED[0]) == UNTIED[1]:
+        for copy, original in _cut_ties(graph, expressions).items():
+            expressions[copy] = expressions[original]
+            shapes[copy], dtypes[copy] = shapes[original], dtypes[original]
     if dtype != "keep":
         config["dtype"] = dtype
         dtypes = {
@@ -69,6 +74,29 @@ def make_plan(
         config=tuple(config.items()),
         notes=_notes(graph, edits),
     )
+
+
+def _cut_ties(graph: Graph, expressions: Mapping[str, Expression]) -> dict[str, str]:
+    """Every other tied parameter, and the tensor that it needs its own copy of.
+
+    One switch in config.json cuts all ties of a model, a shared block's as well as the head's.
+
+    Raises:
+        PlanError: a tied parameter cannot be stored on its own.
+    """
+    origins = Origins(graph)
+    copies: dict[str, str] = {}
+    for tie in graph.ties:
+        if tie.stored or tie.tensor in expressions:
+            continue
+        original = origins.tensor(graph.parameter_values[tie.source])
+        if tie.tensor is None or original is None:
+            raise PlanError(
+                f"{tie.parameter!r} is tied to {tie.source!r} and cannot be stored on its own; "
+                "give --tied keep."
+            )
+        copies[tie.tensor] = original
+    return copies
 
 
 def _require_floating(checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> None:

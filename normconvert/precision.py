@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class _Widen(TorchDispatchMode):
+class _Widen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Replaces every narrower floating dtype that an operator is asked for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -37,7 +37,7 @@ def float64() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Widen():
+        with _Widen():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.set_default_dtype(before)

@@ -54,6 +54,8 @@ def show_inspection(report: Inspection) -> None:
         + (f", the output grows by {_size(report.added_bytes)}." if report.added_bytes else "."),
         soft_wrap=True,
     )
+    if report.untied_bytes > report.added_bytes:
+        console.print(f"With --tied untie the output would grow by {_size(report.untied_bytes)}.")
     _show_notes(console, plan.notes)
 
 

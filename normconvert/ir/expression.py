@@ -98,6 +98,7 @@ class Fill:
 
 Expression: TypeAlias = "Tensor | Scale | Plus | Divide | AddProduct | Spread | Fill"
 
+_ANY = (Tensor, Scale, Plus, Divide, AddProduct, Spread, Fill)
 _OPERATIONS: dict[str, type[Any]] = {
     "scale": Scale,
     "plus": Plus,
@@ -113,7 +114,7 @@ def children(expression: Expression) -> Iterator[Expression]:
     """The expressions directly inside `expression`."""
     for field in fields(expression):
         value = getattr(expression, field.name)
-        if isinstance(value, (Tensor, *_NAMES)):
+        if isinstance(value, _ANY):
             yield value
 
 
@@ -145,18 +146,16 @@ def from_json(data: Any) -> Expression:
     Raises:
         ValueError: `data` is not such an expression.
     """
-    if isinstance(data, str):
-        return Tensor(data)
-    if not isinstance(data, list) or not data or data[0] not in _OPERATIONS:
-        raise ValueError(f"not an expression: {data!r}")
-    operation = _OPERATIONS[data[0]]
-    names = [field.name for field in fields(operation)]
-    if len(names) != len(data) - 1:
-        raise ValueError(f"{data[0]} takes {len(names)} values: {data!r}")
-    expression: Expression = operation(
-        *(_field_from_json(name, value) for name, value in zip(names, data[1:], strict=True))
-    )
-    return expression
+    match data:
+        case str(name):
+            return Tensor(name)
+        case [str(operation), *values] if operation in _OPERATIONS:
+            names = [field.name for field in fields(_OPERATIONS[operation])]
+            if len(names) == len(values):
+                found = (_field_from_json(*pair) for pair in zip(names, values, strict=True))
+                expression: Expression = _OPERATIONS[operation](*found)
+                return expression
+    raise ValueError(f"not an expression: {data!r}")
 
 
 def spread(of: Expression, index: Sequence[int], size: int) -> Expression:
@@ -185,16 +184,19 @@ def positions(runs: tuple[tuple[int, int], ...]) -> list[int]:
 
 
 def _field_to_json(value: Any) -> Any:
-    if isinstance(value, (Tensor, *_NAMES)):
+    if isinstance(value, _ANY):
         return to_json(value)
     return [list(run) for run in value] if isinstance(value, tuple) else value
 
 
 def _field_from_json(name: str, value: Any) -> Any:
-    if name in ("axis", "number", "value"):
-        if type(value) not in (int, float):
-            raise ValueError(f"{name} is not a number: {value!r}")
-        return value
-    if name == "runs":
-        return tuple((int(start), int(stop)) for start, stop in value)
+    match name, value:
+        case "axis", int():
+            return value
+        case "number" | "value", int() | float():
+            return value
+        case "runs", list() if all(isinstance(run, list) and len(run) == 2 for run in value):
+            return tuple((int(start), int(stop)) for start, stop in value)
+        case "axis" | "number" | "value" | "runs", _:
+            raise ValueError(f"{name} cannot be {value!r}")
     return from_json(value)

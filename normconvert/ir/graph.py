@@ -23,7 +23,7 @@ class Ref:
     value: int
 
 
-Argument: TypeAlias = "Ref | int | float | str | None | tuple[Argument, ...]"
+Argument: TypeAlias = "Ref | int | float | str | tuple[Argument, ...] | None"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,11 @@ class Graph:
     def leaf_values(self) -> dict[str, int]:
         """Name of the tensor on disk -> its value."""
         return dict(self.leaves)
+
+    @cached_property
+    def parameter_values(self) -> dict[str, int]:
+        """Name of a parameter of the model -> its value."""
+        return dict(self.parameters)
 
     @cached_property
     def producers(self) -> dict[int, int]:

@@ -6,6 +6,7 @@ It is printed by `inspect`, saved beside the output as ``normconvert.json``, exe
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -62,6 +63,11 @@ class Edit:
     def itemsize(self) -> int:
         """Bytes per element."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

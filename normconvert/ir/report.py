@@ -15,7 +15,8 @@ class Inspection:
     """What a conversion would do. Sizes are in bytes of the stored tensors.
 
     `changed_bytes` are those of the tensors that the plan rewrites, `gain_bytes` those of the
-    gains that become the identity, `added_bytes` what the output is larger by.
+    gains that become the identity, `added_bytes` what the output is larger by, and
+    `untied_bytes` what it would be larger by with tied="untie".
     """
 
     model: str
@@ -27,6 +28,7 @@ class Inspection:
     changed_bytes: int
     gain_bytes: int
     added_bytes: int
+    untied_bytes: int
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""

@@ -154,8 +154,9 @@ def _slice(
 ) -> tuple[Track | None, ...]:
     if _axis(node.argument("dim", 0), before) != track.axis:
         return (track,)
-    bounds = [node.argument(name) for name in ("start", "end", "step")]
-    if not all(bound is None or isinstance(bound, int) for bound in bounds):
+    arguments = [node.argument(name) for name in ("start", "end", "step")]
+    bounds = [bound for bound in arguments if bound is None or isinstance(bound, int)]
+    if len(bounds) < len(arguments):
         return (None,)
     return (Track(track.axis, track.index[slice(*bounds)]),)
 

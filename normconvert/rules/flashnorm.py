@@ -20,7 +20,7 @@ from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.plan import Verdict
 from normconvert.rules.axes import Track
 from normconvert.rules.bias import find_slots
-from normconvert.rules.proposal import Proposal, Request
+from normconvert.rules.proposal import UNTIED, Proposal, Request
 from normconvert.rules.readers import Obstacle, Readers, find_readers
 from normconvert.rules.scaling import Origins, follow
 
@@ -64,7 +64,7 @@ def flashnorm(graph: Graph, expressions: Mapping[str, Expression], request: Requ
         verdicts=tuple(verdicts[norm.module] for norm in graph.norms),
         expressions=changed,
         copies=copies,
-        config={"tie_word_embeddings": False} if copies else {},
+        config=dict([UNTIED]) if copies else {},
     )
 
 
@@ -113,9 +113,9 @@ def _read_outside(graph: Graph, tensor: str, norms: tuple[Norm, ...]) -> str | N
     assert isinstance(size, int)
     ends = follow(graph, {value: Track(0, range(size))}, parts=True)
     modules = {norm.module for norm in norms}
-    for end in (*ends.contractions, *ends.stops):
-        node = graph.nodes[end.node]
-        if end.node < 0 or node.op != "norm" or node.module not in modules:
+    for position in [end.node for end in ends.contractions] + [end.node for end in ends.stops]:
+        node = graph.nodes[position]
+        if position < 0 or node.op != "norm" or node.module not in modules:
             return node.module or graph.model
     return None
 

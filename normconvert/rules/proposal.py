@@ -32,5 +32,8 @@ class Proposal:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
+UNTIED = ("tie_word_embeddings", False)
+"""The key and value in config.json that make transformers keep tied parameters apart."""
+
 Rule: TypeAlias = Callable[[Graph, Mapping[str, Expression], Request], Proposal]
 """A rule: the graph, every tensor's current expression, the request."""

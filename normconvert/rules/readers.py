@@ -151,14 +151,15 @@ def _exclusive(
     for tensor, reader in readers.items():
         track = Track(reader.axis, reader.index)
         elsewhere = reader_outside(graph, graph.leaf_values[tensor], track, allowed)
-        tie = _tie(graph, origins, tensor)
-        if elsewhere is None and tie is None:
+        ties = _ties(graph, origins, tensor)
+        twin = next((t for tie in ties for t in _twins(graph, origins, tie, tensor)), None)
+        if elsewhere is None and (twin is None or readers.get(twin) == reader):
             found[tensor] = reader
             continue
-        copy = tie and _copy(graph, origins, tie, tensor, track, allowed)
+        tie, copy = _cut(graph, origins, ties, tensor, track, allowed)
         if tie is None or copy is None:
-            also = elsewhere or "the parameter that is tied to it"
-            return Obstacle(f"{tensor} is also read by {also}", tuple(readers))
+            reason = f"its reader {tensor} is also read by {elsewhere or f'what reads {twin}'}"
+            return Obstacle(reason, tuple(readers))
         if tied == "keep":
             reason = (
                 f"its reader {copy} is tied to {tie.source}; --tied untie gives it its own copy"
@@ -168,15 +169,41 @@ def _exclusive(
     return Readers(readers=found, contractions=contractions, copies=copies)
 
 
-def _tie(graph: Graph, origins: Origins, tensor: str) -> Tie | None:
-    """The tie that `tensor` takes part in."""
-    parameters = dict(graph.parameters)
-    for tie in graph.ties:
-        for name in (tie.parameter, tie.source):
-            parts = origins.of(parameters[name]) or ()
-            if any(part.tensor == tensor for part in parts):
-                return tie
-    return None
+def _ties(graph: Graph, origins: Origins, tensor: str) -> list[Tie]:
+    """The ties that `tensor` takes part in."""
+    return [
+        tie
+        for tie in graph.ties
+        if any(tensor in _tensors(graph, origins, name) for name in (tie.parameter, tie.source))
+    ]
+
+
+def _tensors(graph: Graph, origins: Origins, parameter: str) -> set[str]:
+    parts = origins.of(graph.parameter_values[parameter]) or ()
+    return {part.tensor for part in parts}
+
+
+def _twins(graph: Graph, origins: Origins, tie: Tie, tensor: str) -> set[str]:
+    """What the tie keeps equal to `tensor` although it is stored too."""
+    if not tie.stored:
+        return set()
+    both = (_tensors(graph, origins, name) for name in (tie.parameter, tie.source))
+    return set().union(*both) - {tensor}
+
+
+def _cut(
+    graph: Graph,
+    origins: Origins,
+    ties: list[Tie],
+    tensor: str,
+    track: Track,
+    allowed: set[tuple[int, int]],
+) -> tuple[Tie, str] | tuple[None, None]:
+    """The tie to cut so that `tensor` can change for this norm's readers alone."""
+    for tie in ties:
+        if copy := _copy(graph, origins, tie, tensor, track, allowed):
+            return tie, copy
+    return None, None
 
 
 def _copy(
@@ -188,7 +215,7 @@ def _copy(
     allowed: set[tuple[int, int]],
 ) -> str | None:
     """The name for the tied parameter's own copy, if all that reads the norm reads only it."""
-    value = dict(graph.parameters)[tie.parameter]
+    value = graph.parameter_values[tie.parameter]
     if tie.tensor is None or reader_outside(graph, value, track, allowed) is not None:
         return None
     through = follow(graph, {value: track}, parts=True).contractions

@@ -92,9 +92,7 @@ def follow(
     stops: list[Stop] = []
     queue = sorted({node for value in tracks for node in graph.consumers.get(value, ())})
     seen = set(queue)
-    for value in tracks:
-        if value in outputs:
-            stops.append(Stop(-1, f"it is an output of the model ({outputs[value]})"))
+    stops += [_output(outputs[value]) for value in tracks if value in outputs]
     while queue:
         position = heapq.heappop(queue)
         step = _Step(graph, position, tracks, parts, rearrange_only)
@@ -106,12 +104,16 @@ def follow(
                 continue
             tracks[value] = track
             if value in outputs:
-                stops.append(Stop(-1, f"it is an output of the model ({outputs[value]})"))
+                stops.append(_output(outputs[value]))
             for consumer in graph.consumers.get(value, ()):
                 if consumer not in seen:
                     seen.add(consumer)
                     heapq.heappush(queue, consumer)
     return Ends(tuple(contractions), tuple(stops))
+
+
+def _output(name: str) -> Stop:
+    return Stop(-1, f"it is an output of the model ({name})")
 
 
 def _scales(track: Track) -> bool:
@@ -175,8 +177,10 @@ class _Step:
         where = node.module or self.graph.model
         if node.op == "norm":
             return f"it is read by the norm {node.module}"
+        if node.op in ("add", "sub") and all(value in self.tracks for value in node.inputs):
+            return f"its features are mixed with each other in {where} (a rotary embedding)"
         if node.op in ("add", "sub"):
-            return f"it is added to another tensor in {where}, not only multiplied by weights"
+            return f"it is added to another activation in {where}, not multiplied by a weight"
         if node.op == "mul":
             return f"it is multiplied with another activation in {where}"
         return f"it goes through {node.op} in {where}, which does not pass a gain on"
@@ -298,16 +302,23 @@ class Origins:
             self._known[value] = self._find(value)
         return self._known[value]
 
-    def vector(self, value: int | None) -> str | None:
-        """The tensor of the checkpoint that the vector `value` is, whole and in order, or None."""
-        parts = None if value is None else self.of(value)
-        if value is None or parts is None or len(parts) != 1 or len(parts[0].tracks) != 1:
+    def tensor(self, value: int) -> str | None:
+        """The tensor of the checkpoint that `value` is, whole and in order, or None."""
+        parts, shape = self.of(value), self._graph.values[value].shape
+        if parts is None or len(parts) != 1 or not parts[0].plain:
             return None
-        shape = self._graph.values[value].shape
-        whole = (
-            len(shape) == 1 and isinstance(shape[0], int) and identity(parts[0].tracks[0], shape[0])
+        tracks = parts[0].tracks
+        whole = len(tracks) == len(shape) and all(
+            isinstance(size, int) and track == Track(axis, range(size))
+            for axis, (track, size) in enumerate(zip(tracks, shape, strict=True))
         )
         return parts[0].tensor if whole else None
+
+    def vector(self, value: int | None) -> str | None:
+        """The one-dimensional tensor that `value` is, as `tensor` finds it."""
+        if value is None or len(self._graph.values[value].shape) != 1:
+            return None
+        return self.tensor(value)
 
     def _find(self, value: int) -> tuple[Part, ...] | None:
         graph = self._graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from normconvert.errors import SourceError
+from normconvert.errors import SourceError, first_line
 
 _OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
@@ -44,7 +44,7 @@ def _download(model: str, revision: str | None) -> tuple[Path, str]:
         return _cached(model, revision)
     except OSError as error:  # every HTTP and connection error of huggingface_hub is one
         raise SourceError(
-            f"{model} is not a local folder, and the Hub did not give it: {_first_line(error)} "
+            f"{model} is not a local folder, and the Hub did not give it: {first_line(error)}. "
             "Check the name, your connection and, for a gated model, HF_TOKEN."
         ) from error
     return Path(folder), str(info.sha)
@@ -75,8 +75,3 @@ def needed_files(names: list[str]) -> list[str]:
 
 def _is_shard(name: str) -> bool:
     return name == "model.safetensors" or (name.startswith("model-") and "/" not in name)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") + "." if lines else type(error).__name__ + "."

@@ -20,7 +20,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from normconvert.errors import TraceError
 from normconvert.ir.graph import Tie
@@ -61,7 +60,7 @@ def load(
     leaves = tuple((name, recorder.new_value(leaf)) for name, leaf in state.items())
     mapping = get_model_conversion_mapping(model)
     config = LoadStateDictConfig(weight_mapping=mapping, dtype=model.dtype)
-    with recorder, _loading_quietly_in_this_thread():
+    with recorder, _loading_in_this_thread():
         info, _ = convert_and_load_state_dict_in_model(model, state, config)
         _refuse_misfits(model, checkpoint, info)
         ties = _tie(model, info.missing_keys, mapping)
@@ -136,12 +135,10 @@ def _name_on_disk(model: PreTrainedModel, parameter: str, mapping: list[Any]) ->
 
 
 @contextmanager
-def _loading_quietly_in_this_thread() -> Iterator[None]:
-    """transformers loads in threads, which a dispatch mode does not see, and draws a bar."""
+def _loading_in_this_thread() -> Iterator[None]:
+    """transformers loads in threads, which a dispatch mode does not see."""
     before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
-    bar = logging.is_progress_bar_enabled()
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-    logging.disable_progress_bar()
     try:
         yield
     finally:
@@ -149,5 +146,3 @@ def _loading_quietly_in_this_thread() -> Iterator[None]:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
-        if bar:
-            logging.enable_progress_bar()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from normconvert.ir.graph import Argument, Node, Ref, Size, Value
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records what runs inside it. Tensors are told apart by identity, so all are kept alive.
 
     In-place operations become ordinary ones that make a new value; every other tensor that
@@ -20,7 +20,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.module = ""
@@ -121,4 +121,4 @@ def _shape(tensor: torch.Tensor) -> tuple[Size, ...]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

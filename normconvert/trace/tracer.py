@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves_with_path
 
-from normconvert.errors import TraceError
+from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Graph, Norm
 from normconvert.model_class import resolve
+from normconvert.quiet import quiet
 from normconvert.trace.loading import build, load
 from normconvert.trace.recognise import Formula, recognise
 from normconvert.trace.recorder import Recorder
@@ -32,13 +33,14 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
     """
-    model_class, config = resolve(checkpoint, trust_remote_code)
+    with quiet():
+        model_class, config = resolve(checkpoint, trust_remote_code)
     recorder = Recorder()
     fake = FakeTensorMode(
         allow_non_fake_inputs=True,
         shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
     )
-    with fake, torch.no_grad():
+    with quiet(), fake, torch.no_grad():
         model = build(model_class, config, torch.float32)
         leaves, ties = load(model, checkpoint, recorder)
         parameters = tuple(
@@ -51,8 +53,7 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
                 output = model(**_inputs(model))
         except Exception as error:  # the model's own code may raise anything
             raise TraceError(
-                f"The forward pass of {model_class.__name__} cannot be traced: "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                f"The forward pass of {model_class.__name__} cannot be traced: {first_line(error)}"
             ) from error
         outputs = tuple(
             ("".join(str(key) for key in path), recorder.value(leaf))

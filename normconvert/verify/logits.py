@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging
 
-from normconvert.errors import VerificationError
+from normconvert.errors import VerificationError, first_line
 from normconvert.ir.event import Event, Listener
 from normconvert.ir.report import Comparison, Equivalence
 from normconvert.model_class import resolve
 from normconvert.precision import float64
+from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
 from normconvert.verify.noise import perturbed
 from normconvert.verify.tokens import token_sets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from normconvert.source import Checkpoint
 
 _FLOOR_RUNS = 3
@@ -88,7 +86,7 @@ class _Runner:
         self._stack = ExitStack()
 
     def __enter__(self) -> _Runner:
-        self._stack.enter_context(_quiet())
+        self._stack.enter_context(quiet())
         self._listen(Event("verifying", 0, _PASSES))
         return self
 
@@ -108,7 +106,7 @@ class _Runner:
             )
         except Exception as error:  # transformers and model code may raise anything
             raise VerificationError(
-                f"transformers cannot load {checkpoint.folder}: {_first_line(error)}"
+                f"transformers cannot load {checkpoint.folder}: {first_line(error)}"
             ) from error
         incomplete = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
         if incomplete:
@@ -131,7 +129,7 @@ class _Runner:
                     found[name] = getattr(out, "logits", out[0]).flatten(0, 1)
         except Exception as error:  # the model's own code may raise anything
             raise VerificationError(
-                f"{type(model).__name__} cannot be run in {self._compute}: {_first_line(error)}"
+                f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}"
             ) from error
         self._done += 1
         self._listen(Event("verifying", self._done, _PASSES))
@@ -239,22 +237,3 @@ def _comparison(
 def _distance(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
     difference = one.to(torch.float64) - other.to(torch.float64)
     return float(difference.abs().max()), float(difference.square().mean().sqrt())
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars or warnings of transformers between ours."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

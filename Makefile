@@ -1,0 +1,38 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= auto
+DEMO := demo-output
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed
+	rm -rf $(DEMO)
+	$(BIN)/normconvert inspect models/tiny-llama
+	$(BIN)/normconvert flashnorm models/tiny-llama --output $(DEMO)
+	$(BIN)/python scripts/generate.py models/tiny-llama $(DEMO)
+
+test: check
+	$(BIN)/pytest --numprocesses $(WORKERS)
+
+check: $(VENV)/developing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/developing
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/developing: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO)
