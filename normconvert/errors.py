@@ -44,6 +44,10 @@ class VerificationError(NormconvertError):
 
 
 def first_line(error: Exception) -> str:
-    """The type and the first line of a foreign exception, to end a sentence of ours with."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    """The type and the first line of a foreign exception, to be part of a sentence of ours.
+
+    With the second line if the first one announces it by a colon.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else ""
+    return f"{type(error).__name__}: {said}".rstrip(" .:")

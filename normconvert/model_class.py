@@ -40,7 +40,7 @@ def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTr
     except Exception as error:  # a config class may raise anything on wrong values
         raise TraceError(
             f"{checkpoint.folder / 'config.json'} is not a valid {model_type!r} "
-            f"configuration: {first_line(error)}"
+            f"configuration: {first_line(error)}."
         ) from error
     if custom and trust_remote_code:
         return _remote_class(checkpoint), config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Optional
 
@@ -16,7 +17,7 @@ from normconvert.errors import NormconvertError
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # Typer's boxes would double the time that --help takes
     help="Rewrite the normalization layers of Hugging Face checkpoints exactly, and prove it.",
 )
 
@@ -61,7 +62,10 @@ def flashnorm(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Fold every norm's gain into the weights that read it (FlashNorm, arXiv 2407.09577)."""
+    """Fold every norm's gain into the weights that read it.
+
+    This is FlashNorm, arXiv 2407.09577.
+    """
     from normconvert.api import convert
     from normconvert.cli.progress import progress
     from normconvert.cli.show import show_conversion
@@ -94,7 +98,7 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show every norm, what it computes, who reads it, and whether it would fold."""
+    """Show every norm, who reads it, and whether it folds."""
     from normconvert.api import inspect as inspect_model
     from normconvert.cli.progress import progress
     from normconvert.cli.show import show_inspection
@@ -120,7 +124,9 @@ def verify_equivalence(
     ] = None,
     text: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="A text file to compare on.", exists=True, show_default=False),
+        typer.Option(
+            help="A text file to compare on.", exists=True, dir_okay=False, show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         Optional[Literal["float64", "float32", "bfloat16", "float16"]],  # noqa: UP045
@@ -175,9 +181,9 @@ def main() -> None:
     except NormconvertError as error:
         _fail(error.code, str(error))
     except Interrupted:
-        _fail("interrupted", "Interrupted; nothing was written.")
+        _fail("interrupted", "Interrupted; no output was left half-written.")
     except (OSError, MemoryError) as error:
-        _fail("system", f"{error or type(error).__name__}.")
+        _fail("system", f"{str(error) or type(error).__name__}.")
 
 
 def _interrupt(*_: object) -> None:
@@ -187,11 +193,17 @@ def _interrupt(*_: object) -> None:
 def _fail(code: str, message: str) -> NoReturn:
     if "--debug" in sys.argv:
         raise
-    if "--json" in sys.argv:
+    if _json_on_stdout(sys.argv[1:]):
         _print_json({"error": {"code": code, "message": message}})
-    else:
-        typer.echo(f"normconvert: {message}", err=True)
+    typer.echo(f"normconvert: {message}", err=True)
     raise SystemExit(2)
+
+
+def _json_on_stdout(arguments: list[str]) -> bool:
+    """Whether --json was given, which for verify-equivalence needs to be --json -."""
+    if "verify-equivalence" not in arguments:
+        return "--json" in arguments
+    return "--json=-" in arguments or ("--json", "-") in pairwise(arguments)
 
 
 def _print_json(document: dict[str, Any]) -> None:

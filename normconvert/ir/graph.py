@@ -147,9 +147,13 @@ class Graph:
         return tuple(name for name, value in self.leaves if value not in self.consumers)
 
     @cached_property
-    def norm_of(self) -> dict[str, Norm]:
-        """Module path -> norm."""
-        return {norm.module: norm for norm in self.norms}
+    def norm_outputs(self) -> dict[str, tuple[int, ...]]:
+        """Module path of a norm -> what its calls return."""
+        found: dict[str, tuple[int, ...]] = {}
+        for node in self.nodes:
+            if node.op == "norm":
+                found[node.module] = (*found.get(node.module, ()), *node.outputs)
+        return found
 
     def __str__(self) -> str:
         lines = [f"graph of {self.model}"]

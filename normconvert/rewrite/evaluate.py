@@ -186,9 +186,13 @@ class Evaluator:
         if finite is None:
             finite = self._matrix(edit.expression, edit.shape, start, stop).isfinite()
         if bool((finite & ~result.isfinite()).any()):
+            remedy = (
+                "give --dtype bfloat16 or --dtype float32"
+                if edit.dtype == "F16"
+                else "no dtype of greater range is offered, so the checkpoint must stay as it is"
+            )
             raise RewriteError(
-                f"{edit.tensor!r} would overflow to infinity in {edit.dtype}; "
-                "give --dtype bfloat16 or --dtype float32."
+                f"{edit.tensor!r} would overflow to infinity in {edit.dtype}; {remedy}."
             )
 
 

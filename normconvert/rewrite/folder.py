@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
-from contextlib import contextmanager
+import signal
+import threading
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +18,8 @@ from normconvert.errors import NormconvertError, RewriteError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_MARK = ".normconvert-"  # .NAME.normconvert-PID is a conversion into NAME by that process
+_STAGED = re.compile(r"\.(?P<name>.+)\.normconvert-(?P<process>\d+)-[0-9a-f]+(?P<old>-old)?")
+"""A conversion into NAME by that process, or the older output that it is about to replace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +38,16 @@ class Staged:
         try:
             _sync(self.path)
             old = self.path.with_name(self.path.name + "-old")
-            if self.output.exists():
-                self.output.rename(old)
-            try:
-                self.path.rename(self.output)
-            except OSError:
-                if old.exists():
-                    old.rename(self.output)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
+            with _undisturbed():
+                if self.output.exists():
+                    self.output.rename(old)
+                try:
+                    self.path.rename(self.output)
+                except OSError:
+                    if old.exists():
+                        old.rename(self.output)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise cannot_write(self.output, error) from error
 
@@ -55,10 +60,18 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
             source contain each other.
     """
     here, there = output.resolve(), source.resolve()
-    if here == there or there in here.parents or here in there.parents:
+    place = next(folder for folder in here.parents if folder.exists())
+    if source.is_dir() and (here == there or there in here.parents or here in there.parents):
+        how = "is" if here == there else "lies in" if there in here.parents else "holds"
         raise RewriteError(
-            f"The output {output} and the source {source} lie in each other; give another "
-            "folder with --output."
+            f"The output {output} {how} the source {source}; give another folder with --output."
+        )
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "cannot be written" if place.is_dir() else "is a file"
+        raise RewriteError(f"{output} cannot be made: {place} {what}. Give another --output.")
+    if here in (Path.cwd(), *Path.cwd().parents):
+        raise RewriteError(
+            f"The output {output} is the folder you are in, or holds it; give another --output."
         )
     if not output.exists():
         return
@@ -81,7 +94,10 @@ def stage(output: Path) -> Iterator[Staged]:
     Raises:
         RewriteError: the place cannot be written.
     """
-    path = output.with_name(f".{output.name}{_MARK}{os.getpid()}")
+    output = output.resolve()
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    path = output.with_name(f".{output.name}.normconvert-{mark}")
+    missing = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _clean(output)
@@ -91,21 +107,32 @@ def stage(output: Path) -> Iterator[Staged]:
     try:
         yield Staged(path, output)
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        with _undisturbed():
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # they hold the output, or another's
+                for folder in missing:
+                    folder.rmdir()
 
 
 def cannot_write(path: Path, error: OSError) -> NormconvertError:
     """One sentence for an operating system's error while writing under `path`."""
-    return RewriteError(f"{path} cannot be written: {error.strerror or error}.")
+    found = _STAGED.fullmatch(path.name)
+    output = path.with_name(found["name"]) if found else path
+    return RewriteError(
+        f"{output} cannot be written: {error.strerror or error}. Mend that, or give another "
+        "--output."
+    )
 
 
 def _clean(output: Path) -> None:
-    pattern = re.compile(re.escape(f".{output.name}{_MARK}") + r"(\d+)(-old)?")
     for path in output.parent.iterdir():
-        found = pattern.fullmatch(path.name)
-        if found is None or _alive(int(found[1])):
+        found = _STAGED.fullmatch(path.name)
+        if found is None or found["name"] != output.name:
             continue
-        if found[2] and not output.exists():
+        process = int(found["process"])
+        if process != os.getpid() and _alive(process):  # ours anew: as in every container
+            continue
+        if found["old"] and not output.exists():
             path.rename(output)
         else:
             shutil.rmtree(path, ignore_errors=True)
@@ -119,6 +146,26 @@ def _alive(process: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the end of the block. They only reach the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 def _sync(folder: Path) -> None:

@@ -119,8 +119,7 @@ def _write_shards(
         futures: list[Future[int]] = []
         for layout in layouts:
             source, target = _open(stack, layout, folder)
-            for piece in _copies(layout):
-                futures.append(pool.submit(_copy, source, target, *piece))
+            futures += [pool.submit(_copy, source, target, *piece) for piece in _copies(layout)]
             for placed in layout.tensors:
                 if placed.edit is not None:
                     for start, stop in row_blocks(placed.edit.shape, placed.edit.itemsize):

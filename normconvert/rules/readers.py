@@ -7,15 +7,15 @@ other use of those tensors must be among the same products.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from normconvert.ir.graph import Graph, Norm, Tie
 from normconvert.rules.axes import Track
-from normconvert.rules.scaling import Contraction, Ends, Origins, Part, follow
+from normconvert.rules.scaling import Contraction, Ends, Origins, Part, follow, same
 
-_NONE = -1
+_NONE, _UNREAD = -1, -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Reader:
     """
 
     axis: int
-    index: tuple[int, ...]
+    index: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +51,12 @@ class Obstacle:
 
 def outputs_of(graph: Graph, norms: tuple[Norm, ...]) -> dict[int, Track]:
     """The outputs of all calls of `norms`, tracked along their features."""
-    modules = {norm.module for norm in norms}
     seeds: dict[int, Track] = {}
-    for node in graph.nodes:
-        if node.op == "norm" and node.module in modules:
-            shape = graph.values[node.outputs[0]].shape
+    for norm in norms:
+        for value in graph.norm_outputs[norm.module]:
+            shape = graph.values[value].shape
             assert isinstance(shape[-1], int)
-            seeds[node.outputs[0]] = Track(len(shape) - 1, range(shape[-1]))
+            seeds[value] = Track(len(shape) - 1, range(shape[-1]))
     return seeds
 
 
@@ -71,7 +70,7 @@ def find_readers(
         return Obstacle(ends.stops[0].reason, known)
     if not ends.contractions:
         return Obstacle("nothing reads it")
-    scales: dict[str, dict[int, int]] = {}
+    indices: dict[str, Sequence[int]] = {}
     axes: dict[str, int] = {}
     for contraction in ends.contractions:
         where = graph.nodes[contraction.node].module
@@ -82,12 +81,15 @@ def find_readers(
             axis = _axis(part, contraction)
             if axis is None or axes.setdefault(part.tensor, axis) != axis:
                 return Obstacle(f"{part.tensor} is read along no single axis in {where}", known)
-            if not _merge(scales.setdefault(part.tensor, {}), part, axis, contraction.track):
+            index = _index(graph, part, axis, contraction.track)
+            index = index and _merged(index, indices.get(part.tensor, index))
+            if index is None:
                 return Obstacle(f"{part.tensor} would need two gains at once in {where}", known)
+            indices[part.tensor] = index
     readers = {
-        tensor: Reader(axes[tensor], _index(graph, tensor, axes[tensor], scale))
-        for tensor, scale in scales.items()
-        if any(coordinate != _NONE for coordinate in scale.values())
+        tensor: Reader(axes[tensor], _finished(index))
+        for tensor, index in indices.items()
+        if isinstance(index, range) or any(coordinate >= 0 for coordinate in index)
     }
     return _exclusive(graph, origins, readers, ends.contractions, tied)
 
@@ -120,21 +122,37 @@ def _axis(part: Part, contraction: Contraction) -> int | None:
     return axes[0] if len(axes) == 1 else None
 
 
-def _merge(scale: dict[int, int], part: Part, axis: int, gain: Track) -> bool:
-    """Note which coordinate of the gain meets each slice of the tensor; False if two do."""
+def _index(graph: Graph, part: Part, axis: int, gain: Track) -> Sequence[int] | None:
+    """Which coordinate of the gain meets each slice of the tensor; None if two meet one."""
     own = part.tracks[axis]
+    size = graph.values[graph.leaf_values[part.tensor]].shape[axis]
     assert own is not None
-    return all(
-        scale.setdefault(i, coordinate) == coordinate
-        for i, coordinate in zip(own.index, gain.index, strict=True)
-        if i != _NONE
-    )
-
-
-def _index(graph: Graph, tensor: str, axis: int, scale: dict[int, int]) -> tuple[int, ...]:
-    size = graph.values[graph.leaf_values[tensor]].shape[axis]
     assert isinstance(size, int)
-    return tuple(scale.get(i, _NONE) for i in range(size))
+    if own.index == range(size):
+        return gain.index
+    found = [_UNREAD] * size
+    for i, coordinate in zip(own.index, gain.index, strict=True):
+        if i != _NONE and found[i] not in (_UNREAD, coordinate):
+            return None
+        if i != _NONE:
+            found[i] = coordinate
+    return tuple(found)
+
+
+def _merged(one: Sequence[int], other: Sequence[int]) -> Sequence[int] | None:
+    """Two indices of the same tensor as one; None if they disagree where both are read."""
+    if same(one, other):
+        return one
+    pairs = list(zip(one, other, strict=True))
+    if any(a != b and _UNREAD not in (a, b) for a, b in pairs):
+        return None
+    return tuple(max(pair) if _UNREAD in pair else pair[0] for pair in pairs)
+
+
+def _finished(index: Sequence[int]) -> Sequence[int]:
+    if isinstance(index, range):
+        return index
+    return tuple(_NONE if coordinate == _UNREAD else coordinate for coordinate in index)
 
 
 def _exclusive(

@@ -129,15 +129,17 @@ def _shard_names(folder: Path) -> list[str]:
 def _weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
     ):
         raise SourceError(f"{path} has no weight_map; download the file again.")
     return weight_map
 
 
 def _check_shard_name(folder: Path, name: str) -> None:
-    if name in ("", ".", "..") or os.path.basename(name) != name or "\\" in name:
+    if name in ("", ".", "..") or os.path.basename(name) != name or set(name) & {"\\", "\0"}:
         raise SourceError(
             f"{folder / INDEX_FILE} names {name!r}, which is not a file beside it; "
             "normconvert reads nothing outside the checkpoint's folder."
@@ -170,8 +172,9 @@ def _check_index(folder: Path, shards: tuple[Shard, ...]) -> None:
 
 
 def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
-    found = config.get("quantization_config") or config.get("compression_config")
-    if found:
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    keys = ("quantization_config", "compression_config")
+    if found := next((part[key] for part in parts for key in keys if part.get(key)), None):
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         raise SourceError(
             f"{path} says that the weights are quantised (quant_method {method!r}); a gain "

@@ -106,7 +106,8 @@ def encode_header(
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        entries = json.loads(text, object_pairs_hook=_without_duplicates)
+        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        json.dumps(entries, ensure_ascii=False).encode()  # "\\ud800" is JSON, but no character
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(entries, dict):
@@ -129,7 +130,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
     counts = [start, stop, *(shape if isinstance(shape, list) else [None])]
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
         raise _damaged(path, f"shape or offsets of {name!r} are not natural numbers")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise SourceError(
             f"{path} stores {name!r} as {dtype!r}, a dtype that normconvert does not know; "
             "convert an unquantised checkpoint instead."

@@ -30,37 +30,58 @@ def fetch(model: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _download(model: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         info = HfApi().model_info(model, revision=revision)
         wanted = needed_files([sibling.rfilename for sibling in info.siblings or ()])
-        folder = snapshot_download(model, revision=info.sha, allow_patterns=wanted)
-    except HFValidationError as error:
-        raise SourceError(
-            f"{model} is neither a folder nor the name of a Hub repository."
-        ) from error
+        # By the revision's name, not by its commit: so that a later run finds it offline.
+        folder = snapshot_download(model, revision=revision, allow_patterns=wanted)
     except OfflineModeIsEnabled:
         return _cached(model, revision)
-    except OSError as error:  # every HTTP and connection error of huggingface_hub is one
+    except HFValidationError as error:
         raise SourceError(
-            f"{model} is not a local folder, and the Hub did not give it: {first_line(error)}. "
-            "Check the name, your connection and, for a gated model, HF_TOKEN."
+            f"{model} is neither a folder nor the name of a Hub repository; check the path."
         ) from error
-    return Path(folder), str(info.sha)
+    except RevisionNotFoundError as error:
+        raise SourceError(
+            f"{model} on the Hub has no branch, tag or commit {revision!r}; give another "
+            "--revision."
+        ) from error
+    except GatedRepoError as error:
+        raise SourceError(
+            f"{model} is gated: accept its terms on its page on the Hub, then log in with "
+            "`hf auth login` or set HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise SourceError(
+            f"{model} is neither a folder here nor a repository that the Hub shows you; check the "
+            "name, and if it is private log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    except Exception as error:  # what its HTTP library raises is another class in every version
+        raise SourceError(
+            f"{model} is not a folder here, and asking the Hub for it failed "
+            f"({first_line(error)}); check the path or your connection."
+        ) from error
+    return Path(folder), Path(folder).name  # the cache names a snapshot after its commit
 
 
 def _cached(model: str, revision: str | None) -> tuple[Path, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError as error:
+    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    if not isinstance(config, str):
         raise SourceError(
-            f"{model} is not in the local cache and HF_HUB_OFFLINE is set; unset it to download."
-        ) from error
-    return folder, folder.name  # the cache names a snapshot's folder after its commit
+            f"{model} is not a folder here and not in the Hub's cache, and HF_HUB_OFFLINE is set; "
+            "check the path, or unset it to download."
+        )
+    return Path(config).parent, Path(config).parent.name
 
 
 def needed_files(names: list[str]) -> list[str]:

@@ -48,9 +48,8 @@ def recognise(module: torch.nn.Module, shape: tuple[int, ...]) -> Formula | None
     parameters = dict(module.named_parameters())
     if not _could_be_norm(module, parameters, shape):
         return None
-    shape = (*(min(size, 5) for size in shape[:-1]), shape[-1])
-    if any(tuple(p.shape) != shape[-p.ndim :] for p in parameters.values()):
-        shape = (5, *next(iter(parameters.values())).shape)
+    kept = max([1, *(p.ndim for p in parameters.values())])
+    shape = (*(min(size, 5) for size in shape[:-kept]), *shape[-kept:])
     generator = torch.Generator().manual_seed(0)
     with _disable_current_modes(), torch.no_grad():
         values = {
@@ -74,7 +73,9 @@ def _could_be_norm(
         and len(parameters) <= 2
         and len(shape) >= 2
         and shape[-1] > 1
-        and all(1 <= p.ndim < len(shape) and p.shape[-1] == shape[-1] for p in parameters.values())
+        and all(
+            1 <= p.ndim < len(shape) and p.shape == shape[-p.ndim :] for p in parameters.values()
+        )
     )
 
 

@@ -53,7 +53,7 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
                 output = model(**_inputs(model))
         except Exception as error:  # the model's own code may raise anything
             raise TraceError(
-                f"The forward pass of {model_class.__name__} cannot be traced: {first_line(error)}"
+                f"The forward pass of {model_class.__name__} cannot be traced: {first_line(error)}."
             ) from error
         outputs = tuple(
             ("".join(str(key) for key in path), recorder.value(leaf))
@@ -97,6 +97,7 @@ class _NormCalls:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._model = model
         self._formulas: dict[str, Formula | None] = {}
+        self._probed: dict[object, Formula | None] = {}
         self._outer: list[str] = []
         self._probing = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -140,11 +141,14 @@ class _NormCalls:
         if len(inputs) != 1 or not inputs[0].is_floating_point():
             return None
         shape = tuple(size if isinstance(size, int) else 3 for size in inputs[0].shape)
-        self._probing = self._recorder.paused = True
-        try:
-            return recognise(module, shape)
-        finally:
-            self._probing = self._recorder.paused = False
+        key = (type(module), shape, _settings(module))
+        if key not in self._probed:
+            self._probing = self._recorder.paused = True
+            try:
+                self._probed[key] = recognise(module, shape)
+            finally:
+                self._probing = self._recorder.paused = False
+        return self._probed[key]
 
     def _add_norm(
         self, path: str, module: torch.nn.Module, x: torch.Tensor, output: torch.Tensor
@@ -166,3 +170,15 @@ class _NormCalls:
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+
+
+def _settings(module: torch.nn.Module) -> object:
+    """All that two modules of a class can differ in, apart from values: or the module itself."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    if any(not isinstance(value, (int, float, str, tuple, type(None))) for value in own.values()):
+        return module
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    return (repr(sorted(own.items())), shapes, next(module.children(), None))
+
+
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))

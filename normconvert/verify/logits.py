@@ -106,7 +106,7 @@ class _Runner:
             )
         except Exception as error:  # transformers and model code may raise anything
             raise VerificationError(
-                f"transformers cannot load {checkpoint.folder}: {first_line(error)}"
+                f"transformers cannot load {checkpoint.folder}: {first_line(error)}."
             ) from error
         incomplete = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
         if incomplete:
@@ -129,7 +129,7 @@ class _Runner:
                     found[name] = getattr(out, "logits", out[0]).flatten(0, 1)
         except Exception as error:  # the model's own code may raise anything
             raise VerificationError(
-                f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}"
+                f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}."
             ) from error
         self._done += 1
         self._listen(Event("verifying", self._done, _PASSES))
