@@ -76,6 +76,10 @@ def convert(
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
+    if verify:
+        from normconvert.verify import choose_dtype
+
+        choose_dtype(checkpoint, None)  # to refuse before the work, not after it
     options = {"format": format, "tied": tied, "dtype": dtype}
     with stage(target) as staged:
         write(plan, checkpoint, staged.path, _manifest(checkpoint, plan, options), listen)

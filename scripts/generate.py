@@ -1,6 +1,6 @@
 """Greedy text from two checkpoints side by side: the same model must say the same.
 
-    python scripts/generate.py ORIGINAL CONVERTED [--prompt TEXT] [--tokens N]
+python scripts/generate.py ORIGINAL CONVERTED [--prompt TEXT] [--tokens N]
 """
 
 from __future__ import annotations

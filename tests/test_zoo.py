@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
+
+import zoo
 
 BATCH, SEQUENCE = 2, 7
 # Below this, a wrong gain could hide in the rounding of the norms that compute in float32.

@@ -145,7 +145,7 @@ def verify_equivalence(
         report = verify(
             original,
             converted,
-            text=None if text is None else text.read_text(encoding="utf-8"),
+            text=None if text is None else _read(text),
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             listen=listen,
@@ -155,7 +155,7 @@ def verify_equivalence(
     else:
         show_equivalence(report)
     if json_file is not None and not to_stdout:
-        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(_to_text(report.to_json()) + "\n", encoding="utf-8")
     raise typer.Exit(0 if report.equivalent else 1)
 
 
@@ -181,6 +181,8 @@ def main() -> None:
     except NormconvertError as error:
         _fail(error.code, str(error))
     except Interrupted:
+        for number in (signal.SIGINT, signal.SIGTERM):  # said once is enough: we are leaving
+            signal.signal(number, signal.SIG_IGN)
         _fail("interrupted", "Interrupted; no output was left half-written.")
     except (OSError, MemoryError) as error:
         _fail("system", f"{str(error) or type(error).__name__}.")
@@ -206,5 +208,18 @@ def _json_on_stdout(arguments: list[str]) -> bool:
     return "--json=-" in arguments or ("--json", "-") in pairwise(arguments)
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise NormconvertError(f"{path} is not UTF-8 text; give --text another file.") from error
+
+
 def _print_json(document: dict[str, Any]) -> None:
-    typer.echo(json.dumps(document, indent=1))
+    typer.echo(_to_text(document))
+
+
+def _to_text(document: dict[str, Any]) -> str:
+    """JSON, which has no word for NaN and infinity: null."""
+    plain = json.dumps(document)
+    return json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=1, allow_nan=False)

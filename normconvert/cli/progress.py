@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ _TITLES = {
 def progress(*, hidden: bool) -> Iterator[Listener]:
     """A listener that draws a bar for each stage; silent when hidden or not a terminal."""
     if hidden or not sys.stderr.isatty():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
         yield ignore
         return
     from rich.console import Console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ def show_equivalence(report: Equivalence) -> None:
 
 
 def _why(report: Equivalence) -> str:
+    if any(math.isnan(comparison.max) for comparison in report.comparisons):
+        return "some of the logits are not numbers."
     worst = max(report.comparisons, key=_times_floor)
     if not report.differing_tensors:
         return "no tensor differs, and the logits " + (

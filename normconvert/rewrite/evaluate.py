@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from normconvert.ir.expression import (
     Tensor,
     positions,
 )
+from normconvert.rewrite.layout import row_blocks
 from normconvert.rewrite.rounding import product_dtype, round_once
 from normconvert.torch_dtypes import TORCH_DTYPE
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from normconvert.ir.plan import Edit
     from normconvert.source import Checkpoint
 
-BLOCK_BYTES = 8 << 20
-"""Bytes of source that are read at a time."""
+BLOCK_BYTES = 1 << 20
+"""Bytes that are computed at a time: what a core's cache holds, and malloc keeps mapped."""
 
 
 class Evaluator:
@@ -43,6 +45,8 @@ class Evaluator:
         self._tensors = checkpoint.tensors
         self._paths = checkpoint.paths
         self._files: dict[Path, int] = {}
+        # All blocks of a tensor, and mostly its neighbours, share one factor.
+        self._cached_factor = lru_cache(maxsize=16)(self._whole_factor)
 
     def __enter__(self) -> Evaluator:
         for path in set(self._paths.values()):
@@ -66,7 +70,7 @@ class Evaluator:
         else:
             result = self._block(edit, dtype, start, stop)
             finite = None
-        if not math.isfinite(float(result.sum(dtype=torch.float64))):
+        if not _looks_finite(result):
             self._refuse_overflow(edit, result, start, stop, finite)
         return result
 
@@ -96,15 +100,12 @@ class Evaluator:
 
     def _block(self, edit: Edit, dtype: torch.dtype, start: int, stop: int) -> torch.Tensor:
         match edit.expression:
+            case Tensor(name):
+                return round_once(self._read(name, start, stop), dtype)
             case Scale(Tensor(name), axis, by) if TORCH_DTYPE[self._tensors[name].dtype] is dtype:
-                factor = self._factor(by, edit.shape, axis, start, stop)
+                factor = self._factor(by, edit.shape, axis, start, stop, dtype)
                 block = self._read(name, start, stop)
-                compute = product_dtype(factor, dtype)
-                if compute is dtype:
-                    return block.mul_(factor.to(dtype))
-                if compute is torch.float32:
-                    return block.to(torch.float32).mul_(factor.to(torch.float32)).to(dtype)
-                return round_once(block.to(torch.float64).mul_(factor), dtype)
+                return round_once(block.to(factor.dtype).mul_(factor), dtype)
         return round_once(self._matrix(edit.expression, edit.shape, start, stop), dtype)
 
     def _matrix(
@@ -115,29 +116,40 @@ class Evaluator:
             case Tensor(name):
                 return self._read(name, start, stop).to(torch.float64)
             case Scale(of, axis, by):
-                factor = self._factor(by, shape, axis, start, stop)
+                factor = self._factor(by, shape, axis, start, stop, torch.float64)
                 return self._matrix(of, shape, start, stop).mul_(factor)
             case Fill(value):
                 return torch.full((stop - start, shape[-1]), value, dtype=torch.float64)
         raise RewriteError(f"{expression} is not a matrix.")
 
     def _factor(
-        self, by: Expression, shape: tuple[int, ...], axis: int, start: int, stop: int
+        self,
+        by: Expression,
+        shape: tuple[int, ...],
+        axis: int,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """What each element of the rows is multiplied with, to be broadcast, in float64."""
-        vector = self.vector(by, shape[axis])
+        """What each element of the rows is multiplied with, to be broadcast; see _whole_factor."""
+        vector = self._cached_factor(by, shape[axis], dtype)
         if axis == len(shape) - 1:
             return vector
         inner = math.prod(shape[axis + 1 : -1])
         coordinate = torch.arange(start, stop).div(inner, rounding_mode="floor") % shape[axis]
         return vector[coordinate].unsqueeze(1)
 
+    def _whole_factor(self, by: Expression, size: int, dtype: torch.dtype) -> torch.Tensor:
+        """The vector `by` in the dtype to multiply in, of which its product with `dtype` is."""
+        factor = self.vector(by, size)
+        return factor.to(product_dtype(factor, dtype))
+
     def _product(self, matrix: Expression, axis: int, vector: Expression) -> torch.Tensor:
         shape = self._shape(matrix)
         factor = self.vector(vector, shape[axis])
         pieces = (
             (start, stop, self._matrix(matrix, shape, start, stop))
-            for start, stop in row_blocks(shape, torch.float64.itemsize)
+            for start, stop in row_blocks(0, shape[0], shape[1] * 8, BLOCK_BYTES)
         )
         if axis == 1:
             return torch.cat([rows @ factor for _, _, rows in pieces])
@@ -165,7 +177,7 @@ class Evaluator:
         dtype = TORCH_DTYPE[tensor.dtype]
         row_bytes = columns * dtype.itemsize
         block = torch.empty((stop - start, columns), dtype=dtype)
-        buffer = memoryview(block.view(torch.uint8).numpy()).cast("B")
+        buffer = block.view(torch.uint8).numpy().data.cast("B")
         file, offset = self._files[self._paths[name]], tensor.start + start * row_bytes
         while buffer:
             count = os.preadv(file, [buffer], offset)
@@ -196,8 +208,10 @@ class Evaluator:
             )
 
 
-def row_blocks(shape: tuple[int, ...], itemsize: int) -> list[tuple[int, int]]:
-    """Ranges of rows that hold about BLOCK_BYTES each and cover a tensor of `shape`."""
-    rows = math.prod(shape[:-1])
-    step = max(1, BLOCK_BYTES // max(1, shape[-1] * itemsize)) if shape else 1
-    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+def _looks_finite(values: torch.Tensor) -> bool:
+    """True only if all `values` are finite, without the temporary that `isfinite` makes.
+
+    Their sum is not finite if one of them is not, but may overflow by itself.
+    """
+    wide = torch.float32 if values.dtype is torch.float16 else None
+    return math.isfinite(values.sum(dtype=wide).item())

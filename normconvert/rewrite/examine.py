@@ -8,13 +8,14 @@ import torch
 
 from normconvert.ir.expression import Divide, Tensor
 from normconvert.rewrite.evaluate import Evaluator
+from normconvert.torch_dtypes import TORCH_DTYPE
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Plan, Verdict
     from normconvert.source import Checkpoint
 
 IDENTITY = "its gain is the identity already"
-DIVISION_BY_ZERO = "its bias has no place to go and cannot stay as bias / gain: a gain is zero"
+NO_QUOTIENT = "its bias has no place to go, and bias / gain is not finite in its stored dtype"
 
 
 def examine(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
@@ -23,15 +24,18 @@ def examine(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
     Reads only gains and biases.
     """
     divided = {edit.tensor for edit in plan.edits if isinstance(edit.expression, Divide)}
+    dtypes = {edit.tensor: edit.dtype for edit in plan.edits}
     keep: dict[str, str] = {}
     with Evaluator(checkpoint) as evaluator:
         for verdict in plan.folded:
-            if reason := _reason(verdict, divided, evaluator):
+            if reason := _reason(verdict, divided, dtypes, evaluator):
                 keep[verdict.norm] = reason
     return keep
 
 
-def _reason(verdict: Verdict, divided: set[str], evaluator: Evaluator) -> str | None:
+def _reason(
+    verdict: Verdict, divided: set[str], dtypes: dict[str, str], evaluator: Evaluator
+) -> str | None:
     assert verdict.gain is not None
     gain = evaluator.vector(Tensor(verdict.gain), 0) + verdict.offset
     stays = verdict.bias is None or verdict.bias in divided
@@ -40,6 +44,9 @@ def _reason(verdict: Verdict, divided: set[str], evaluator: Evaluator) -> str | 
         return "its gain has values that are not finite"
     if bool((gain == 1).all()) and (stays or not bool(bias.any())):
         return IDENTITY
-    if verdict.bias in divided and bool(((gain == 0) & (bias != 0)).any()):
-        return DIVISION_BY_ZERO
+    if verdict.bias is not None and verdict.bias in divided:
+        stored = TORCH_DTYPE[dtypes[verdict.bias]]
+        quotient = torch.where(bias == 0, 0.0, bias / gain).to(stored)
+        if not bool(quotient.isfinite().all()):
+            return NO_QUOTIENT
     return None

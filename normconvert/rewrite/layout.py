@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from normconvert.ir.plan import DTYPE_BYTES
@@ -41,6 +43,25 @@ class Layout:
         return len(self.header) + sum(placed.nbytes for placed in self.tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows `first` to `last` of an edited tensor or, without `edit`, of the source's shard.
+
+    A row of the shard is one byte. In the output they lie from byte `start` on.
+    """
+
+    edit: Edit | None
+    first: int
+    last: int
+    row_bytes: int
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the span."""
+        return (self.last - self.first) * self.row_bytes
+
+
 def lay_out(plan: Plan, checkpoint: Checkpoint) -> tuple[Layout, ...]:
     """Every shard with the tensors that it had, in their order; new ones end the last shard."""
     edits = {edit.tensor: edit for edit in plan.edits}
@@ -49,6 +70,40 @@ def lay_out(plan: Plan, checkpoint: Checkpoint) -> tuple[Layout, ...]:
     return tuple(
         _lay_out(shard, edits, new if shard is last else []) for shard in checkpoint.shards
     )
+
+
+def batches(layout: Layout, nbytes: int) -> Iterator[list[Span]]:
+    """All of the shard in order, in lists of about `nbytes` bytes."""
+    batch: list[Span] = []
+    for whole in _spans(layout.tensors):
+        for first, last in row_blocks(whole.first, whole.last, whole.row_bytes, nbytes):
+            start = whole.start + (first - whole.first) * whole.row_bytes
+            batch.append(replace(whole, first=first, last=last, start=start))
+            if sum(span.nbytes for span in batch) >= nbytes:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def row_blocks(first: int, last: int, row_bytes: int, nbytes: int) -> list[tuple[int, int]]:
+    """The rows from `first` to `last` in ranges of at most `nbytes`, or of one row."""
+    step = max(1, nbytes // max(1, row_bytes))
+    return [(row, min(row + step, last)) for row in range(first, last, step)]
+
+
+def _spans(tensors: tuple[Placed, ...]) -> Iterator[Span]:
+    """One span for every edited tensor, and one for all unchanged ones between two of them."""
+    for unchanged, group in groupby(tensors, lambda placed: placed.edit is None):
+        if unchanged:
+            run = list(group)
+            source = run[0].source_start
+            yield Span(None, source, source + sum(p.nbytes for p in run), 1, run[0].start)
+            continue
+        for placed in group:
+            assert placed.edit is not None
+            rows = math.prod(placed.edit.shape[:-1])
+            yield Span(placed.edit, 0, rows, placed.nbytes // max(1, rows), placed.start)
 
 
 def _lay_out(shard: Shard, edits: dict[str, Edit], new: list[Edit]) -> Layout:

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 _BITS_BELOW_BFLOAT16 = 0xFF  # the last 8 of float32's 24: zero in a number of 16 bits or fewer
+_BITS_BELOW_TIE = {torch.bfloat16: 0x7FFF, torch.float16: 0xFFF}  # of float32: zero in a tie
+_GROUP = 64
 
 
 def round_once(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`exact` (float64) correctly rounded to `dtype`.
+    """`exact` correctly rounded to `dtype`.
 
-    torch converts float64 to a 16-bit dtype by way of float32, which rounds twice. Rounding
-    the first time to odd makes the second one right (Boldo and Melquiond, 2008): float32 has
-    more than two bits to spare over both 16-bit formats.
+    torch converts float64 to a 16-bit dtype by way of float32, which rounds twice. That goes
+    wrong only where the first rounding ends on a tie of the second, and those few are rounded
+    to odd first.
     """
-    if dtype in (torch.float64, torch.float32):
+    if exact.dtype is not torch.float64 or dtype in (torch.float64, torch.float32):
         return exact.to(dtype)
     nearest = exact.to(torch.float32)
+    rounded = nearest.to(dtype)
+    ties = _possible_ties(nearest, _BITS_BELOW_TIE[dtype])
+    rounded.view(-1)[ties] = _to_odd(exact.view(-1)[ties]).to(dtype)
+    return rounded
+
+
+def _possible_ties(numbers: torch.Tensor, below: int) -> torch.Tensor:
+    """Where the bits `below` are all zero. Groups without any are passed over quickly."""
+    size = math.gcd(numbers.numel(), _GROUP)
+    bits = (numbers.view(torch.int32) & below).view(-1, size)
+    groups = (bits.amin(1) == 0).nonzero()
+    return (groups * size + torch.arange(size))[bits[groups.squeeze(1)] == 0]
+
+
+def _to_odd(exact: torch.Tensor) -> torch.Tensor:
+    """float64 in float32, to the odd neighbour: rounding that again rounds `exact` once.
+
+    (Boldo and Melquiond, 2008; float32 has more than two bits to spare over 16-bit formats.)
+    """
+    nearest = exact.to(torch.float32)
     back = nearest.to(torch.float64)
-    bits = nearest.view(torch.int32)
     inexact = (back != exact) & back.isfinite()
     beyond = inexact & (back.abs() > exact.abs())
-    odd = (bits - beyond.to(torch.int32)) | inexact.to(torch.int32)
-    return odd.view(torch.float32).to(dtype)
+    bits = nearest.view(torch.int32)
+    return ((bits - beyond.to(torch.int32)) | inexact.to(torch.int32)).view(torch.float32)
 
 
 def product_dtype(factor: torch.Tensor, stored: torch.dtype) -> torch.dtype:

@@ -34,14 +34,20 @@ def move(
     `before` is the input's shape, `after` the outputs'. None as a whole if `node` does more
     than rearrange; None for an output on which the axis can no longer be told.
     """
-    if node.op in _SAME:
-        return (track,) if before == after[0] else (None,)
-    if node.op in _RESHAPES:
-        return (_reshape(track, before, after[0]),)
-    mover = _MOVERS.get(node.op)
-    if mover is None or (position > 0 and node.op != "embedding"):
+    if position > 0:
         return None
-    return mover(node, track, before, after)
+    if node.op in _SAME:
+        moved: tuple[Track | None, ...] = (track,)
+    elif node.op in _RESHAPES:
+        moved = (_reshape(track, before, after[0]),)
+    elif node.op in _MOVERS:
+        moved = _MOVERS[node.op](node, track, before, after)
+    else:
+        return None
+    return tuple(
+        found if found is not None and shape[found.axis] == len(found.index) else None
+        for found, shape in zip(moved, after, strict=True)
+    )
 
 
 _Mover: TypeAlias = "Callable[[Node, Track, Shape, tuple[Shape, ...]], tuple[Track | None, ...]]"
@@ -257,6 +263,8 @@ def joined(node: Node, shapes: list[Shape], tracks: list[Track | None]) -> Track
     """
     known = next(track for track in tracks if track is not None)
     axis = _axis(node.argument("dim", 0), shapes[0])
+    if any(track is not None and track.axis != known.axis for track in tracks):
+        return None
     if axis != known.axis:
         return known
     index: list[int] = []

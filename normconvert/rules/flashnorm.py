@@ -90,6 +90,8 @@ def _prove(
     gain, bias = origins.vector(norm.gain), origins.vector(norm.bias)
     if gain is None or (bias is None and norm.bias is not None):
         return Obstacle("its gain is not stored as one vector")
+    if gain == bias:
+        return Obstacle(f"{gain} is its gain and its bias at once")
     if any((n.offset, origins.vector(n.bias)) != (norm.offset, bias) for n in norms):
         return Obstacle(f"norms of different kinds share {gain}")
     for tensor in (gain, bias):

@@ -193,8 +193,11 @@ class _Step:
         if moved is None:
             return None
         kept = {out: track for out, track in zip(node.outputs, moved, strict=True) if track}
-        floats = all(self.graph.values[out].dtype.startswith(("float", "bfloat")) for out in kept)
+        floats = all(self._is_floating(out) for out in kept)
         return kept if len(kept) == len(node.outputs) and floats else self._stop()
+
+    def _is_floating(self, value: int) -> bool:
+        return self.graph.values[value].dtype.startswith(("float", "bfloat"))
 
     def _join(self, scaled: list[int]) -> dict[int, Track]:
         node = self.node
@@ -244,7 +247,7 @@ class _Step:
         if not isinstance(dims, tuple) or not dims:
             return self._stop()
         summed = {dim % rank for dim in dims if isinstance(dim, int)}
-        if track.axis in summed:
+        if track.axis in summed or not self._is_floating(node.outputs[0]):
             return self._stop()
         if node.op != "cumsum" and not node.argument("keepdim", False):
             track = replace(track, axis=track.axis - sum(dim < track.axis for dim in summed))

@@ -153,9 +153,13 @@ def _check_shard_name(folder: Path, name: str) -> None:
 
 def _check_index(folder: Path, shards: tuple[Shard, ...]) -> None:
     """The index and the headers must agree, or a tensor would be lost without a word."""
-    placed = {t.name: shard.name for shard in shards for t in shard.header.tensors}
-    if sum(len(shard.header.tensors) for shard in shards) != len(placed):
-        raise SourceError(f"The shards of {folder} store a tensor twice; download them again.")
+    placed: dict[str, str] = {}
+    for shard, tensor in ((shard.name, t.name) for shard in shards for t in shard.header.tensors):
+        if placed.setdefault(tensor, shard) != shard:
+            raise SourceError(
+                f"{shard} in {folder} stores {tensor!r}, which another shard stores too "
+                f"({placed[tensor]}); download them again."
+            )
     weight_map = _weight_map(folder)
     for tensor, shard in weight_map.items():
         if placed.get(tensor) != shard:

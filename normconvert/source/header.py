@@ -55,6 +55,10 @@ def read_header(path: Path) -> Header:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
+            if prefix == b"version ":
+                raise SourceError(
+                    f"{path} is a Git LFS pointer to the weights; fetch them with `git lfs pull`."
+                )
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise _damaged(path, "its first 8 bytes are not the length of a header")

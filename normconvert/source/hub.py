@@ -8,7 +8,8 @@ from normconvert.errors import SourceError, first_line
 
 _OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot",
-    ".mlmodel", ".tflite", ".nemo", ".pkl", ".npz",
+    ".mlmodel", ".tflite", ".nemo", ".pkl", ".npz", ".bin.index.json", ".h5.index.json",
+    ".msgpack.index.json",
 )  # fmt: skip
 
 

@@ -78,12 +78,13 @@ def _refuse_misfits(model: PreTrainedModel, checkpoint: Checkpoint, info: Any) -
     for name, found, expected in info.mismatched_keys:
         raise TraceError(
             f"The tensor for {name!r} in {checkpoint.folder} has shape {list(found)}, but "
-            f"{type(model).__name__} with this config.json needs {list(expected)}."
+            f"{type(model).__name__} with this config.json needs {list(expected)}; do the two "
+            "belong together?"
         )
     for name, error in info.conversion_errors.items():
         raise TraceError(
             f"transformers cannot load {name!r} of {checkpoint.folder}: "
-            f"{error.strip().splitlines()[-1]}"
+            f"{error.strip().splitlines()[-1].rstrip('.')}."
         )
 
 

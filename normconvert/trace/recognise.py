@@ -42,26 +42,29 @@ class Formula:
 def recognise(module: torch.nn.Module, shape: tuple[int, ...]) -> Formula | None:
     """The norm that `module` computes on input of `shape`, or None if it is none.
 
-    `shape` is that of its real input; sizes other than the normalised axis are shortened.
+    `shape` is that of its real input: what depends on a position shows only there.
     A module with submodules, buffers or a parameter that does not fit the last axes is none.
     """
     parameters = dict(module.named_parameters())
     if not _could_be_norm(module, parameters, shape):
         return None
-    kept = max([1, *(p.ndim for p in parameters.values())])
-    shape = (*(min(size, 5) for size in shape[:-kept]), *shape[-kept:])
     generator = torch.Generator().manual_seed(0)
     with _disable_current_modes(), torch.no_grad():
-        values = {
-            name: torch.empty(p.shape, dtype=torch.float64).uniform_(0.5, 2.0, generator=generator)
-            for name, p in parameters.items()
-        }
-        x = torch.randn(shape, dtype=torch.float64, generator=generator) + 0.5
+        # Far from one, of both signs: a bound or an absolute value must show.
+        values = {name: _spread(p.shape, generator) for name, p in parameters.items()}
+        x = _spread(shape, generator)
 
         def run(values: Values, x: torch.Tensor) -> torch.Tensor | None:
             return _run(module, values, x)
 
         return _match(run, values, x) or _unrecognised(run, values, x)
+
+
+def _spread(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Numbers of many sizes, 0.01 to 100 for the most part; more are positive than negative."""
+    size = torch.randn(shape, dtype=torch.float64, generator=generator).mul_(2).exp_()
+    negative = torch.rand(shape, generator=generator) < 0.3
+    return torch.where(negative, -size, size)
 
 
 def _could_be_norm(

@@ -109,8 +109,13 @@ def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 def _name(func: Any) -> str:
-    """``mm`` for aten.mm.default and mm_ alike; with the namespace if it is not aten."""
+    """``mm`` for aten.mm.default and mm_ alike; with the namespace if it is not aten.
+
+    ``mm.out`` if the result is written over a tensor given for it: no rule knows that.
+    """
     namespace, _, name = func._schema.name.partition("::")
+    if any(argument.is_out for argument in func._schema.arguments):
+        name += ".out"
     if func._schema.is_mutable and name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     return str(name if namespace == "aten" else f"{namespace}::{name}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves_with_path
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Graph, Norm
@@ -56,8 +56,8 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
                 f"The forward pass of {model_class.__name__} cannot be traced: {first_line(error)}."
             ) from error
         outputs = tuple(
-            ("".join(str(key) for key in path), recorder.value(leaf))
-            for path, leaf in tree_leaves_with_path(dict(output))
+            (keystr(path), recorder.value(leaf))
+            for path, leaf in tree_leaves_with_path(output)
             if isinstance(leaf, torch.Tensor)
         )
     return Graph(
@@ -96,7 +96,7 @@ class _NormCalls:
         self._recorder = recorder
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._model = model
-        self._formulas: dict[str, Formula | None] = {}
+        self._formula: Formula | None = None
         self._probed: dict[object, Formula | None] = {}
         self._outer: list[str] = []
         self._probing = False
@@ -119,8 +119,8 @@ class _NormCalls:
             return
         self._outer.append(self._recorder.module)
         self._recorder.module = self._paths[id(module)]
-        if self._formula(module, args, kwargs) is not None:
-            self._recorder.paused = True
+        self._formula = self._probe(module, [*args, *kwargs.values()])
+        self._recorder.paused = self._formula is not None
 
     def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         path = self._paths[id(module)]
@@ -128,17 +128,14 @@ class _NormCalls:
             if self._probing or path != self._recorder.module:
                 return
             self._recorder.paused = False
-            self._add_norm(path, module, _tensors(args, kwargs)[0], output)
+            self._add_norm(path, module, _tensors([*args, *kwargs.values()])[0], output)
         self._recorder.module = self._outer.pop()
 
-    def _formula(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Formula | None:
-        path = self._paths[id(module)]
-        if path not in self._formulas:
-            self._formulas[path] = self._probe(module, _tensors(args, kwargs))
-        return self._formulas[path]
-
-    def _probe(self, module: torch.nn.Module, inputs: list[torch.Tensor]) -> Formula | None:
-        if len(inputs) != 1 or not inputs[0].is_floating_point():
+    def _probe(self, module: torch.nn.Module, arguments: list[Any]) -> Formula | None:
+        """The formula of this call: with a gate or a flag, it may be another one."""
+        inputs = _tensors(arguments)
+        given = sum(argument is not None for argument in arguments)
+        if len(inputs) != 1 or given != 1 or not inputs[0].is_floating_point():
             return None
         shape = tuple(size if isinstance(size, int) else 3 for size in inputs[0].shape)
         key = (type(module), shape, _settings(module))
@@ -153,11 +150,11 @@ class _NormCalls:
     def _add_norm(
         self, path: str, module: torch.nn.Module, x: torch.Tensor, output: torch.Tensor
     ) -> None:
-        formula = self._formulas[path]
+        formula = self._formula
         assert formula is not None
         gain = getattr(module, formula.gain) if formula.gain else None
         bias = getattr(module, formula.bias) if formula.bias else None
-        self.norms[path] = Norm(
+        norm = Norm(
             module=path,
             kind=formula.kind,
             gain=None if gain is None else self._recorder.value(gain),
@@ -165,19 +162,30 @@ class _NormCalls:
             offset=formula.offset,
             eps=formula.eps,
         )
-        self._recorder.add_call("norm", {"input": x, "gain": gain, "bias": bias}, output)
+        if self.norms.setdefault(path, norm) != norm:  # another call computed something else
+            self.norms[path] = Norm(
+                module=path, kind="unrecognised", gain=None, bias=None, offset=0.0, eps=0.0
+            )
+        reads = {"input": x, "gain": gain, "bias": bias}
+        if formula.kind == "unrecognised":
+            reads |= dict(module.named_parameters())
+        self._recorder.add_call("norm", reads, output)
 
 
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+def _tensors(arguments: list[Any]) -> list[torch.Tensor]:
+    return [value for value in arguments if isinstance(value, torch.Tensor)]
 
 
 def _settings(module: torch.nn.Module) -> object:
     """All that two modules of a class can differ in, apart from values: or the module itself."""
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    if any(not isinstance(value, (int, float, str, tuple, type(None))) for value in own.values()):
+    hooked = len(module._forward_hooks) + len(module._forward_pre_hooks) > 2  # the tracer's
+    if hooked or any(
+        not isinstance(value, (int, float, str, tuple, type(None))) for value in own.values()
+    ):
         return module
-    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors)
     return (repr(sorted(own.items())), shapes, next(module.children(), None))
 
 

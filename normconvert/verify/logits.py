@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import get_max_memory
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.ir.event import Event, Listener
@@ -45,7 +47,7 @@ def compare(
     Raises:
         VerificationError: one of them cannot be loaded whole or cannot be run.
     """
-    compute = getattr(torch, dtype) if dtype else _next_wider(original)
+    compute = choose_dtype(original, dtype)
     with _Runner(compute, trust_remote_code, listen) as run:
         model = run.load(original)
         sets, notes = token_sets(original, text, *_limits(model))
@@ -136,9 +138,27 @@ class _Runner:
         return found
 
 
-def _next_wider(checkpoint: Checkpoint) -> torch.dtype:
-    """float32 for 16-bit weights, float64 for wider ones."""
-    return torch.float64 if _main_dtype(checkpoint).itemsize >= 4 else torch.float32
+def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
+    """The dtype to compute in: the one asked for, or the widest of two that fits in memory.
+
+    These are the next wider one than the weights' (float32 for 16 bits, else float64), in which
+    the rounding of activations does not hide that of the weights, and the weights' own.
+
+    Raises:
+        VerificationError: the model does not fit in the memory that is available.
+    """
+    stored = _main_dtype(checkpoint)
+    wider = torch.float64 if stored.itemsize >= 4 else torch.float32
+    count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    available = get_max_memory()["cpu"]
+    for dtype in [getattr(torch, asked)] if asked else [wider, stored]:
+        if count * dtype.itemsize <= available:
+            return dtype
+    raise VerificationError(
+        f"Comparing the logits of {checkpoint.model} takes {count * dtype.itemsize / 1e9:.1f} GB "
+        f"of memory, and {available / 1e9:.1f} GB are available; convert with --no-verify and "
+        "verify on a larger machine."
+    )
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
