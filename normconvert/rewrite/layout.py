@@ -75,13 +75,15 @@ def lay_out(plan: Plan, checkpoint: Checkpoint) -> tuple[Layout, ...]:
 def batches(layout: Layout, nbytes: int) -> Iterator[list[Span]]:
     """All of the shard in order, in lists of about `nbytes` bytes."""
     batch: list[Span] = []
+    left = nbytes
     for whole in _spans(layout.tensors):
         for first, last in row_blocks(whole.first, whole.last, whole.row_bytes, nbytes):
             start = whole.start + (first - whole.first) * whole.row_bytes
             batch.append(replace(whole, first=first, last=last, start=start))
-            if sum(span.nbytes for span in batch) >= nbytes:
+            left -= batch[-1].nbytes
+            if left <= 0:
                 yield batch
-                batch = []
+                batch, left = [], nbytes
     if batch:
         yield batch
 

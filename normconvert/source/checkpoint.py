@@ -154,12 +154,13 @@ def _check_shard_name(folder: Path, name: str) -> None:
 def _check_index(folder: Path, shards: tuple[Shard, ...]) -> None:
     """The index and the headers must agree, or a tensor would be lost without a word."""
     placed: dict[str, str] = {}
-    for shard, tensor in ((shard.name, t.name) for shard in shards for t in shard.header.tensors):
-        if placed.setdefault(tensor, shard) != shard:
-            raise SourceError(
-                f"{shard} in {folder} stores {tensor!r}, which another shard stores too "
-                f"({placed[tensor]}); download them again."
-            )
+    for file, header in ((shard.name, shard.header) for shard in shards):
+        for name in (entry.name for entry in header.tensors):
+            if placed.setdefault(name, file) != file:
+                raise SourceError(
+                    f"{file} in {folder} stores {name!r}, which another shard stores too "
+                    f"({placed[name]}); download them again."
+                )
     weight_map = _weight_map(folder)
     for tensor, shard in weight_map.items():
         if placed.get(tensor) != shard:
