@@ -398,6 +398,18 @@ def test_overflow_by_the_dtype_alone(single: Path) -> None:
     assert_refused(single, embedding, "--dtype bfloat16", dtype="float16")
 
 
+def test_gains_that_are_not_numbers(single: Path) -> None:
+    """Nothing can be folded, which is not to say that all of it is folded already."""
+
+    def spoil(stored: dict[str, torch.Tensor]) -> None:
+        for name, tensor in stored.items():
+            if "norm" in name:
+                tensor[0] = torch.nan
+
+    tensors(spoil)(single)
+    assert_refused(single, "input_layernorm", "not finite")
+
+
 # --- models
 
 

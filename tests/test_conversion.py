@@ -236,6 +236,15 @@ def test_refused(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_without_its_head_a_model_returns_its_last_norm(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    plan = normconvert.inspect(tmp_path).plan
+    assert [verdict.norm for verdict in plan.verdicts if verdict.action == "keep"] == ["norm"]
+    assert "lm_head.weight" not in {edit.tensor for edit in plan.edits}
+
+
 @pytest.mark.parametrize(("name", "tied"), CASES)
 def test_exact(name: str, tied: Tied, tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"

@@ -12,10 +12,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from normconvert.rewrite.rounding import product_dtype, round_once
+from normconvert.rewrite.rounding import multiply, product_dtype, round_once
 
 
 @dataclass(frozen=True)
@@ -166,10 +166,16 @@ def test_a_subnormal_product_rounds_once() -> None:
     check_product([9 * 2.0**-133], [36409 * 2.0**-17], torch.bfloat16)
 
 
-def test_a_long_product_rounds_once() -> None:
-    """The same in float64: 24 bits times the 40 of 1 + w."""
-    weight, w = float.fromhex("0x1.00036ep+0"), float.fromhex("0x1.30fbeap-16")
-    check_product([weight], [1 + w], torch.float32)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_long_product_next_to_a_tie_rounds_once(dtype: torch.dtype, data: st.DataObject) -> None:
+    """A factor of float64's 53 bits, as 1 + w has: in float64 the product may be the very tie."""
+    tie = data.draw(near_tie(dtype))
+    weight = data.draw(stored(dtype).filter(bool))
+    factor = data.draw(st.sampled_from([-1.0, 0.0, 1.0])) * math.ulp(tie / weight) + tie / weight
+    assume(math.isfinite(factor) and abs(factor) > 2.0**-500)
+    check_product([weight], [factor], dtype)
 
 
 def check_product(weight: list[float], factor: list[float], dtype: torch.dtype) -> None:
@@ -178,12 +184,11 @@ def check_product(weight: list[float], factor: list[float], dtype: torch.dtype) 
     by = torch.tensor(factor, dtype=torch.float64)
     compute = product_dtype(by, dtype)
     assert compute in (dtype, torch.float32, torch.float64)
-    product = block.to(compute) * by.to(compute)
-    rounded = round_once(product, dtype) if compute is torch.float64 else product.to(dtype)
     expected = [
         math.copysign(nearest(Fraction(w) * Fraction(f), dtype), math.copysign(1.0, w) * f)
         if f
         else w * f
         for w, f in zip(block.tolist(), factor, strict=True)
     ]
+    rounded = multiply(block, by.to(compute))
     assert same_bits(rounded, torch.tensor(expected, dtype=torch.float64).to(dtype))

@@ -331,6 +331,24 @@ def sum_of_one_norm(m: Torture, x: torch.Tensor) -> Any:
     return m.up(m.norm(x) + m.norm(x.sin()))
 
 
+@case("norm")
+def difference_of_one_norm(m: Torture, x: torch.Tensor) -> Any:
+    return m.up(torch.sub(m.norm(x), m.norm(x.sin()), alpha=3))
+
+
+@case()
+def as_the_addend(m: Torture, x: torch.Tensor) -> Any:
+    h = m.norm(x).flatten(0, 1)
+    return torch.addmm(m.up(h), x.flatten(0, 1), m.gate.weight).view(x.shape) + torch.baddbmm(
+        m.norm(x), x, m.experts[: x.shape[0]]
+    )
+
+
+@case("norm")
+def inner_product(m: Torture, x: torch.Tensor) -> Any:
+    return x * torch.dot(m.norm(x).mean((0, 1)), m.vector)
+
+
 @case()
 def residual_of_the_norm(m: Torture, x: torch.Tensor) -> Any:
     h = m.norm(x)

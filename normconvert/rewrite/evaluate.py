@@ -27,7 +27,7 @@ from normconvert.ir.expression import (
     positions,
 )
 from normconvert.rewrite.layout import row_blocks
-from normconvert.rewrite.rounding import product_dtype, round_once
+from normconvert.rewrite.rounding import multiply, product_dtype, round_once
 from normconvert.torch_dtypes import TORCH_DTYPE
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Evaluator:
             case Scale(Tensor(name), axis, by) if TORCH_DTYPE[self._tensors[name].dtype] is dtype:
                 factor = self._factor(by, edit.shape, axis, start, stop, dtype)
                 block = self._read(name, start, stop)
-                return round_once(block.to(factor.dtype).mul_(factor), dtype)
+                return multiply(block, factor)
         return round_once(self._matrix(edit.expression, edit.shape, start, stop), dtype)
 
     def _matrix(
