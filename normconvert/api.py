@@ -146,14 +146,15 @@ def _settle(
         PlanError: no norm can be folded.
     """
     from normconvert.planner import make_plan
-    from normconvert.rewrite import examine
+    from normconvert.rewrite import IDENTITY, examine
 
     first = make_plan(graph, checkpoint, (rewrite,), tied=tied, dtype=dtype)
     keep = examine(first, checkpoint)
     plan = make_plan(graph, checkpoint, (rewrite,), tied=tied, dtype=dtype, keep=keep)
-    if plan.folded or (plan.edits and first.folded):
+    already = IDENTITY in keep.values()
+    if plan.folded or (already and plan.edits):
         return plan, False
-    if first.folded:
+    if already:
         return plan, True
     raise PlanError(f"No norm of {checkpoint.model} can be folded: {_why_not(plan)}")
 

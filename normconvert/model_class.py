@@ -22,7 +22,7 @@ def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTr
     from transformers import AutoConfig
 
     custom = "auto_map" in checkpoint.config
-    model_type = checkpoint.config.get("model_type")
+    model_type = str(checkpoint.config.get("model_type"))
     if custom and not trust_remote_code and model_type not in transformers.CONFIG_MAPPING:
         raise TraceError(
             f"{checkpoint.model} brings its own model code ({model_type!r}); read it, then run "
@@ -50,8 +50,14 @@ def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTr
 def _stock_class(checkpoint: Checkpoint, config: Any) -> type[PreTrainedModel]:
     import transformers
 
-    for name in checkpoint.config.get("architectures") or ():
-        found = getattr(transformers, str(name), None)
+    named = checkpoint.config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise TraceError(
+            f"architectures in {checkpoint.folder / 'config.json'} is not a list of names; "
+            "give the name of the model's class."
+        )
+    for name in named:
+        found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING

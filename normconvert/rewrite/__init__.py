@@ -1,7 +1,7 @@
 """Rewrite: a plan becomes a folder, in one streaming pass over the checkpoint's bytes."""
 
-from normconvert.rewrite.examine import examine
+from normconvert.rewrite.examine import IDENTITY, examine
 from normconvert.rewrite.folder import Staged, stage
 from normconvert.rewrite.writer import write
 
-__all__ = ["Staged", "examine", "stage", "write"]
+__all__ = ["IDENTITY", "Staged", "examine", "stage", "write"]

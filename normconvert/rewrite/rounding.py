@@ -29,9 +29,12 @@ def round_once(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _possible_ties(numbers: torch.Tensor, below: int) -> torch.Tensor:
-    """Where the bits `below` are all zero. Groups without any are passed over quickly."""
+    """Where the bits `below` are all zero. Groups without any are passed over quickly.
+
+    Overwrites `numbers`: one block less, and malloc keeps the rest mapped.
+    """
     size = math.gcd(numbers.numel(), _GROUP)
-    bits = (numbers.view(torch.int32) & below).view(-1, size)
+    bits = numbers.view(torch.int32).bitwise_and_(below).view(-1, size)
     groups = (bits.amin(1) == 0).nonzero()
     return (groups * size + torch.arange(size))[bits[groups.squeeze(1)] == 0]
 

@@ -41,7 +41,13 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
         shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
     )
     with quiet(), fake, torch.no_grad():
-        model = build(model_class, config, torch.float32)
+        try:
+            model = build(model_class, config, torch.float32)
+        except Exception as error:  # a model class may raise anything on values it cannot use
+            raise TraceError(
+                f"{checkpoint.folder / 'config.json'} does not describe a {model_class.__name__} "
+                f"that can be built: {first_line(error)}."
+            ) from error
         leaves, ties = load(model, checkpoint, recorder)
         parameters = tuple(
             (name, recorder.value(parameter))

@@ -50,7 +50,7 @@ def compare(
     compute = choose_dtype(original, dtype)
     with _Runner(compute, trust_remote_code, listen) as run:
         model = run.load(original)
-        sets, notes = token_sets(original, text, *_limits(model))
+        sets, notes = token_sets(original, text, *_limits(model), trust_remote_code)
         reference = run.logits(model, sets)
         before = _digests(model)
         del model

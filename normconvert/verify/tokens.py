@@ -14,13 +14,17 @@ SEQUENCES, LENGTH = 2, 128
 
 
 def token_sets(
-    checkpoint: Checkpoint, text: str | None, vocabulary: int, longest: int
+    checkpoint: Checkpoint,
+    text: str | None,
+    vocabulary: int,
+    longest: int,
+    trust_remote_code: bool,
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     """Named token ids of shape [sequences, length], and notes on what could not be had."""
     length = min(LENGTH, longest)
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(0, vocabulary, (SEQUENCES, length), generator=generator)
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = _tokenizer(checkpoint, trust_remote_code)
     if tokenizer is None:
         return {"random": random}, ("No tokenizer could be loaded: only random tokens were read.",)
     shipped = files("normconvert.verify").joinpath("text.txt").read_text(encoding="utf-8")
@@ -34,13 +38,14 @@ def token_sets(
     return {"text": ids[: count * length].reshape(count, length), "random": random}, ()
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
+def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)
+        # Said outright: left open, transformers would ask on the terminal.
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
     except Exception:  # a tokenizer may need packages that are not there; text is not all we have
         return None
 
