@@ -597,27 +597,15 @@ def test_sabotage_is_noticed(name: str, sabotage: Sabotage, tmp_path: Path) -> N
     assert all(noticed(name, WITNESSED[name], sabotage, tmp_path))
 
 
-@pytest.mark.parametrize("sabotage", [dropped, rolled, swapped])
-@pytest.mark.parametrize(("name", "dtype"), [("mixtral", "bfloat16"), ("deepseek_v3", "float16")])
-def test_sabotage_of_an_expert_is_noticed(
-    name: str, dtype: str, sabotage: Sabotage, tmp_path: Path
-) -> None:
-    """Rounding to 16 bits sends tokens to other experts, and some experts get no token at all."""
-    assert all(noticed(name, dtype, sabotage, tmp_path, only=".experts."))
-
-
-def noticed(name: str, dtype: str, sabotage: Sabotage, folder: Path, only: str = "") -> list[bool]:
+def noticed(name: str, dtype: str, sabotage: Sabotage, folder: Path) -> list[bool]:
     """Whether verifying rejects what some broken plans write."""
     source = folder / "source"
     save(name, source, dtype)
     checkpoint = open_checkpoint(str(source))
     plan = make_plan(trace(checkpoint), checkpoint, ("flashnorm",))
-    target = replace(plan, edits=tuple(edit for edit in plan.edits if only in edit.tensor))
     found = []
     for seed in range(2):
-        changed = {edit.tensor: edit for edit in sabotage(target, Random(seed))}
-        left = [e for e in plan.edits if e not in target.edits or e.tensor in changed]
-        edits = tuple(changed.get(edit.tensor, edit) for edit in left)
+        edits = tuple(sabotage(plan, Random(seed)))
         assert edits != plan.edits
         output = folder / str(seed)
         output.mkdir()
