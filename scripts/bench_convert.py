@@ -10,8 +10,8 @@ makes a random bfloat16 Llama of that size and times, in turn, with the source i
     normconvert the whole process: normconvert flashnorm --no-verify
     tricks      the whole process: transformer_tricks.flashify_repo, without its question to the Hub
 
-Every round starts with another of them, and a ratio is the median of the rounds' ratios to `cp` in
-the same round: other work on the machine slows both. transformer-tricks lives in an environment
+Every round starts with another of them, and a ratio is the median of the ratios within a round:
+other work on the machine slows both. transformer-tricks lives in an environment
 of its own:
 
     python -m venv /tmp/tricks
@@ -46,7 +46,11 @@ import sys, transformer_tricks as tricks
 tricks.repo_exists = lambda repo: False
 tricks.flashify_repo(sys.argv[1], sys.argv[2])
 """
-TOKENIZER = {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +114,9 @@ def run(command: list[str], source: Path, output: Path) -> Run:
     for path in source.iterdir():
         subprocess.run(["cat", path], stdout=subprocess.DEVNULL, check=True)
     os.sync()
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}  # installed code is compiled code
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
     assert process.stdout is not None
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -139,12 +144,17 @@ def time_rewrite(source: Path, output: Path) -> float:
 
 
 def show(runs: dict[str, list[Run]]) -> None:
-    print(f"{'':12}{'median s':>10}{'x cp':>8}{'peak MiB':>10}")
+    print(f"{'':12}{'median s':>10}{'x cp':>8}{'x normconvert':>15}{'peak MiB':>10}")
     for name, each in runs.items():
         seconds = median(run.seconds for run in each)
-        ratio = median(run.seconds / cp.seconds for run, cp in zip(each, runs["cp"], strict=True))
         peak = max(run.peak_mib for run in each)
-        print(f"{name:12}{seconds:10.2f}{ratio:8.2f}{peak:10.0f}")
+        ratios = [ratio(each, runs[other]) for other in ("cp", "normconvert")]
+        print(f"{name:12}{seconds:10.2f}{ratios[0]:8.2f}{ratios[1]:15.2f}{peak:10.0f}")
+
+
+def ratio(runs: list[Run], others: list[Run]) -> float:
+    """How many times as long, in the median of the rounds."""
+    return median(run.seconds / other.seconds for run, other in zip(runs, others, strict=True))
 
 
 def make_llama(folder: Path, nbytes: int) -> None:

@@ -81,7 +81,7 @@ def make_gpt2() -> PreTrainedModel:
         attn_pdrop=0.0,
     )
     model = GPT2LMHeadModel(config)
-    # From random positions, learning to look at the preceding byte takes most of the training.
+    # Random positions would spend most of the training on learning to look one byte back.
     angles = torch.outer(torch.arange(CONTEXT), 10000 ** -torch.linspace(0, 1, HIDDEN // 2))
     model.transformer.wpe.weight.data = 0.4 * torch.cat((angles.sin(), angles.cos()), dim=1)
     return model
@@ -188,9 +188,10 @@ def report(output: Path) -> bool:
     table.add_column("RMS off")  # of the norm nearest the identity
     samples, away = [], True
     for name in MODELS:
-        tokenizer = AutoTokenizer.from_pretrained(output / name)
-        model = AutoModelForCausalLM.from_pretrained(output / name, dtype=torch.float32)
-        size = sum(file.stat().st_size for file in (output / name).iterdir())
+        folder = output / name
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        size = sum(file.stat().st_size for file in folder.iterdir())
         loss = bits_per_byte(model, torch.tensor(tokenizer.encode(load_corpus()[1])))
         cells = [name, f"{model.num_parameters():,}", f"{size:,}", f"{loss:.3f}"]
         gains, biases = norm_parameters(model)

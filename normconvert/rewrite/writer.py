@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "normconvert.json"
 _BATCH_BYTES = 16 << 20
+_KEPT_BYTES = 16 << 20  # once that is freed, glibc's malloc keeps smaller blocks mapped
 _NOT_SUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _LEFT_OUT = frozenset({".git", ".cache"})  # of a clone or a download, not of the checkpoint
 
@@ -112,6 +113,7 @@ def _write_shards(
     done = 0
     for layout in layouts:
         _create(folder / layout.shard.name, layout)
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
     with ExitStack() as stack:
         evaluator = stack.enter_context(Evaluator(checkpoint))
         stack.enter_context(_one_torch_thread())
@@ -119,7 +121,7 @@ def _write_shards(
         stack.callback(pool.shutdown, cancel_futures=True)
         futures = [
             pool.submit(
-                _write_spans, evaluator, layout.shard.path, folder / layout.shard.name, spans
+                _write_spans, spans, evaluator, layout.shard.path, folder / layout.shard.name
             )
             for layout in layouts
             for spans in batches(layout, _BATCH_BYTES)
@@ -134,7 +136,7 @@ def _create(path: Path, layout: Layout) -> None:
     on the disk: then a full disk shows at once, and the writes are a third cheaper (ext4).
     """
     with path.open("xb", buffering=0) as file:
-        _write_all(file.fileno(), layout.header, 0)
+        _write_all(file.fileno(), [layout.header], 0)
         file.truncate(layout.size)
         try:
             os.posix_fallocate(file.fileno(), 0, layout.size)
@@ -143,19 +145,30 @@ def _create(path: Path, layout: Layout) -> None:
                 raise
 
 
-def _write_spans(evaluator: Evaluator, source: Path, target: Path, spans: list[Span]) -> int:
+def _write_spans(spans: list[Span], evaluator: Evaluator, source: Path, target: Path) -> int:
+    """Write neighbouring spans; the small ones together, as a write costs more than a copy."""
+    start = end = spans[0].start
+    waiting: list[bytes | memoryview] = []
+    nbytes = 0
     with source.open("rb", buffering=0) as reading, target.open("r+b", buffering=0) as writing:
-        for span in spans:
-            for first, last in row_blocks(span.first, span.last, span.row_bytes, BLOCK_BYTES):
-                # No name for the rows: malloc gives their memory to the next ones.
-                _write_all(
-                    writing.fileno(),
-                    _stored(reading.fileno(), first, last)
-                    if span.edit is None
-                    else _bytes(evaluator.rows(span.edit, first, last)),
-                    span.start + (first - span.first) * span.row_bytes,
-                )
-    return sum(span.nbytes for span in spans)
+        for data in _blocks(spans, evaluator, reading.fileno()):
+            waiting.append(data)
+            nbytes += len(data)
+            if nbytes >= BLOCK_BYTES // 2:
+                end = _write_all(writing.fileno(), waiting, end)
+                waiting, nbytes = [], 0
+        end = _write_all(writing.fileno(), waiting, end)
+    return end - start
+
+
+def _blocks(spans: list[Span], evaluator: Evaluator, source: int) -> Iterator[bytes | memoryview]:
+    for span in spans:
+        for first, last in row_blocks(span.first, span.last, span.row_bytes, BLOCK_BYTES):
+            if span.edit is None:
+                yield _stored(source, first, last)
+            else:
+                rows = evaluator.rows(span.edit, first, last)
+                yield rows.view(-1).view(torch.uint8).numpy().data
 
 
 def _stored(file: int, start: int, stop: int) -> bytes:
@@ -165,14 +178,13 @@ def _stored(file: int, start: int, stop: int) -> bytes:
     return data
 
 
-def _bytes(rows: torch.Tensor) -> memoryview:
-    return rows.view(torch.uint8).numpy().data.cast("B")
-
-
-def _write_all(file: int, data: bytes | memoryview, offset: int) -> None:
-    written = os.pwrite(file, data, offset)
-    while written < len(data):
-        written += os.pwrite(file, memoryview(data)[written:], offset + written)
+def _write_all(file: int, parts: list[bytes | memoryview], offset: int) -> int:
+    """Write `parts` from `offset` on; return where they end."""
+    data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+    return offset
 
 
 @contextmanager
