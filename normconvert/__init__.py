@@ -19,6 +19,7 @@ from normconvert.errors import (
     TraceError,
     VerificationError,
 )
+from normconvert.registration import register
 
 if TYPE_CHECKING:
     from normconvert.api import convert, inspect, verify_equivalence
@@ -64,3 +65,6 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+register()

@@ -5,9 +5,10 @@ source ──► trace ──► plan ──► rewrite ──► verify
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from normconvert.errors import PlanError
 from normconvert.ir.event import Event, Listener, ignore
@@ -16,9 +17,10 @@ from normconvert.source import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from normconvert.ir.graph import Graph
-    from normconvert.ir.plan import Dtype, Plan, Tied
+    from normconvert.ir.plan import Dtype, Format, Plan, Tied
+    from normconvert.settle import Request
 
-Rewrite = Literal["flashnorm"]
+Rewrite: TypeAlias = Literal["flashnorm", "rmsnorm", "crmsnorm", "prmsnorm"]
 
 
 def inspect(
@@ -29,25 +31,31 @@ def inspect(
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Inspection:
-    """What `flashnorm` would do to `model`, a local folder or a Hub id. Reads headers only.
+    """What the rewrites would do to `model`, a local folder or a Hub id. Reads headers only.
 
     Raises:
         NormconvertError: the checkpoint cannot be read or its model cannot be traced.
     """
-    from normconvert.planner import make_plan
+    from normconvert.planner import REWRITES, make_plan
 
     checkpoint, graph = _open(model, revision, trust_remote_code, listen)
-    return _inspection(graph, checkpoint, make_plan(graph, checkpoint, ("flashnorm",), tied=tied))
+    plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
+    inspection = _inspection(graph, checkpoint, plan)
+    if not any(norm.kind == "layernorm" for norm in graph.norms):
+        return inspection
+    native = make_plan(graph, checkpoint, REWRITES["rmsnorm"], format="native", tied=tied)
+    return replace(inspection, rmsnorm=native)
 
 
 def convert(
     model: str | Path,
     output: str | Path | None = None,
-    rewrite: Rewrite = "flashnorm",
+    rewrite: Rewrite | tuple[Rewrite, ...] = "flashnorm",
     *,
-    format: Literal["stock"] = "stock",
+    format: Format | None = None,
     tied: Tied = "keep",
     dtype: Dtype = "keep",
+    fraction: float = 0.0625,
     dry_run: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -57,6 +65,10 @@ def convert(
 ) -> Conversion:
     """Rewrite the checkpoint `model` into the folder `output` (default: ./NAME-REWRITE).
 
+    `rewrite` may be several; they are computed together and rounded once, in whatever order they
+    are given. `format` is "stock" for flashnorm alone and "native" for the others unless given.
+    `fraction` is the share of the coordinates that a pRMSNorm looks at.
+
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
 
@@ -65,14 +77,25 @@ def convert(
     """
     from normconvert.rewrite import stage, write
     from normconvert.rewrite.folder import check_output
+    from normconvert.settle import Request, settle
 
-    target = Path(output) if output is not None else default_output(model, rewrite)
+    rewrites = (rewrite,) if isinstance(rewrite, str) else rewrite
+    request = Request(
+        rewrites=rewrites,
+        format=format or ("stock" if rewrites == ("flashnorm",) else "native"),
+        tied=tied,
+        dtype=dtype,
+        fraction=fraction,
+    )
+    target = Path(output) if output is not None else default_output(model, rewrites[-1])
     local = Path(model).expanduser()
     if not dry_run:  # before any work: a wrong output should cost no time
         check_output(target, local, force=force)
     checkpoint, graph = _open(model, revision, trust_remote_code, listen)
-    plan, unchanged = _settle(graph, checkpoint, rewrite, tied, dtype)
+    plan, unchanged = settle(graph, checkpoint, request)
     inspection = _inspection(graph, checkpoint, plan)
+    if plan.native is not None and not unchanged:
+        _require_running(plan, checkpoint, graph)
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
@@ -80,14 +103,17 @@ def convert(
         from normconvert.verify import choose_dtype
 
         choose_dtype(checkpoint, None)  # to refuse before the work, not after it
-    options = {"format": format, "tied": tied, "dtype": dtype}
     with stage(target) as staged:
-        write(plan, checkpoint, staged.path, _manifest(checkpoint, plan, options), listen)
+        write(plan, checkpoint, staged.path, _manifest(checkpoint, plan, request), listen)
         verification = None
         if verify:
             written = replace(open_checkpoint(str(staged.path)), model=str(target))
             verification = _verify(checkpoint, written, None, None, trust_remote_code, listen)
-        rejected = verification is not None and not verification.equivalent
+        rejected = (
+            verification is not None
+            and not verification.equivalent
+            and not plan.changed("prmsnorm")  # an approximation: its figures are the report
+        )
         if not rejected:
             staged.commit()
     return Conversion(
@@ -137,33 +163,24 @@ def _open(
     return checkpoint, graph
 
 
-def _settle(
-    graph: Graph, checkpoint: Checkpoint, rewrite: str, tied: Tied, dtype: Dtype
-) -> tuple[Plan, bool]:
-    """The plan after a look at the gains' values, and whether there is nothing left to do.
+def _require_running(plan: Plan, checkpoint: Checkpoint, graph: Graph) -> None:
+    """Trace the model that the plan describes, on fake tensors: code may know its sizes by heart.
 
     Raises:
-        PlanError: no norm can be folded.
+        PlanError: it does not run.
     """
-    from normconvert.planner import make_plan
-    from normconvert.rewrite import IDENTITY, examine
+    from normconvert.errors import TraceError
+    from normconvert.rewrite import preview
+    from normconvert.trace import trace
 
-    first = make_plan(graph, checkpoint, (rewrite,), tied=tied, dtype=dtype)
-    keep = examine(first, checkpoint)
-    plan = make_plan(graph, checkpoint, (rewrite,), tied=tied, dtype=dtype, keep=keep)
-    already = IDENTITY in keep.values()
-    if plan.folded or (already and plan.edits):
-        return plan, False
-    if already:
-        return plan, True
-    raise PlanError(f"No norm of {checkpoint.model} can be folded: {_why_not(plan)}")
-
-
-def _why_not(plan: Plan) -> str:
-    if not plan.verdicts:
-        return f"{plan.model} has none that is known."
-    example = plan.verdicts[0]
-    return f"{example.norm} is kept because {example.reason} (of {len(plan.verdicts)} norms)."
+    with TemporaryDirectory() as folder:
+        try:
+            trace(preview(plan, checkpoint, Path(folder)))
+        except TraceError as error:
+            raise PlanError(
+                f"{graph.model} does not run when it is changed so ({error}) "
+                f"Use another rewrite than {plan.rules[-1]}, or --format stock."
+            ) from error
 
 
 def _verify(
@@ -190,7 +207,12 @@ def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
     from normconvert.planner import make_plan
 
     tensors = checkpoint.tensors
-    untied = make_plan(graph, checkpoint, plan.rules, tied="untie") if graph.ties else plan
+    format: Format = "stock" if plan.native is None else "native"
+    untied = (
+        make_plan(graph, checkpoint, plan.rules, format=format, tied="untie")
+        if graph.ties
+        else plan
+    )
     return Inspection(
         model=checkpoint.model,
         commit=checkpoint.commit,
@@ -199,6 +221,7 @@ def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
         total_bytes=checkpoint.nbytes,
         changed_tensors=len(plan.edits),
         changed_bytes=sum(edit.nbytes for edit in plan.edits),
+        omitted_bytes=sum(tensors[name].nbytes for name in plan.omitted),
         gain_bytes=sum(tensors[gain].nbytes for gain in {v.gain for v in plan.folded} if gain),
         added_bytes=_growth(checkpoint, plan),
         untied_bytes=_growth(checkpoint, untied),
@@ -206,11 +229,12 @@ def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
 
 
 def _growth(checkpoint: Checkpoint, plan: Plan) -> int:
-    before = (checkpoint.tensors[e.tensor] for e in plan.edits if e.tensor in checkpoint.tensors)
-    return sum(edit.nbytes for edit in plan.edits) - sum(tensor.nbytes for tensor in before)
+    stored = checkpoint.tensors
+    gone = {*plan.omitted, *(edit.tensor for edit in plan.edits if edit.tensor in stored)}
+    return sum(edit.nbytes for edit in plan.edits) - sum(stored[name].nbytes for name in gone)
 
 
-def _manifest(checkpoint: Checkpoint, plan: Plan, options: dict[str, Any]) -> dict[str, Any]:
+def _manifest(checkpoint: Checkpoint, plan: Plan, request: Request) -> dict[str, Any]:
     """The content of normconvert.json. A local source is named without its place."""
     from normconvert import __version__
 
@@ -218,6 +242,6 @@ def _manifest(checkpoint: Checkpoint, plan: Plan, options: dict[str, Any]) -> di
     return {
         "normconvert": __version__,
         "source": {"model": name, "commit": checkpoint.commit},
-        "options": options,
+        "options": asdict(request),
         "plan": plan.to_json(),
     }

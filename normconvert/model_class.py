@@ -21,8 +21,10 @@ def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTr
     import transformers
     from transformers import AutoConfig
 
-    custom = "auto_map" in checkpoint.config
+    from normconvert.nn import modeling_normconvert as native  # and registers the format
+
     model_type = str(checkpoint.config.get("model_type"))
+    custom = "auto_map" in checkpoint.config and model_type != native.MODEL_TYPE
     if custom and not trust_remote_code and model_type not in transformers.CONFIG_MAPPING:
         raise TraceError(
             f"{checkpoint.model} brings its own model code ({model_type!r}); read it, then run "
@@ -42,9 +44,25 @@ def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTr
             f"{checkpoint.folder / 'config.json'} is not a valid {model_type!r} "
             f"configuration: {first_line(error)}."
         ) from error
+    if model_type == native.MODEL_TYPE:
+        return native.model_class(config), config
     if custom and trust_remote_code:
         return _remote_class(checkpoint), config
     return _stock_class(checkpoint, config), config
+
+
+def auto_classes(model_class: type[PreTrainedModel], config: Any) -> tuple[str, ...]:
+    """The Auto classes of transformers that load `model_class` for `config`, by name."""
+    from transformers.models.auto import modeling_auto
+
+    found = []
+    for name, auto_class in vars(modeling_auto).items():
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if mapping is not None and type(config) in mapping:
+            known = mapping[type(config)]
+            if model_class in (known if isinstance(known, (tuple, list)) else (known,)):
+                found.append(name)
+    return tuple(name for name in found if name.startswith("AutoModel"))
 
 
 def _stock_class(checkpoint: Checkpoint, config: Any) -> type[PreTrainedModel]:

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from normconvert.errors import PlanError
-from normconvert.ir.expression import Expression, Tensor, tensors
+from normconvert.ir.expression import DropLast, MinusLast, Tensor, tensors
 from normconvert.ir.graph import Graph
-from normconvert.ir.plan import STORED_DTYPE, Dtype, Edit, Plan, Tied
+from normconvert.ir.native import Native, merged, native_of
+from normconvert.ir.plan import STORED_DTYPE, Dtype, Edit, Format, Plan, Tied
+from normconvert.rules.crmsnorm import crmsnorm
+from normconvert.rules.draft import Draft, Request, Rule
 from normconvert.rules.flashnorm import flashnorm
-from normconvert.rules.proposal import UNTIED, Request, Rule
+from normconvert.rules.prmsnorm import prmsnorm
+from normconvert.rules.rmsnorm import rmsnorm
 from normconvert.rules.scaling import Origins
 
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
 
-RULES: Mapping[str, Rule] = {"flashnorm": flashnorm}
-"""Every rewrite by its name."""
+RULES: Mapping[str, Rule] = {
+    "rmsnorm": rmsnorm,
+    "flashnorm": flashnorm,
+    "crmsnorm": crmsnorm,
+    "prmsnorm": prmsnorm,
+}
+"""Every rule by its name, in the order in which they run, however they are asked for."""
+
+REWRITES: Mapping[str, tuple[str, ...]] = {
+    "flashnorm": ("flashnorm",),
+    "rmsnorm": ("rmsnorm", "flashnorm"),
+    "crmsnorm": ("rmsnorm", "flashnorm", "crmsnorm"),
+    "prmsnorm": ("prmsnorm",),
+}
+"""The rules of each command; the one of its own name is what it is for."""
 
 _FLOATING = frozenset(STORED_DTYPE.values())
 
@@ -27,65 +45,57 @@ def make_plan(
     checkpoint: Checkpoint,
     rules: tuple[str, ...],
     *,
+    format: Format = "stock",
     tied: Tied = "keep",
     dtype: Dtype = "keep",
+    fraction: float = 1.0,
     keep: Mapping[str, str] | None = None,
 ) -> Plan:
-    """What `rules`, in this order, do to `checkpoint`, whose model is `graph`.
+    """What `rules` do to `checkpoint`, whose model is `graph`.
 
-    `keep` maps norms that must stay to the reason. Reads no weights.
+    `fraction` is the share of the coordinates that a pRMSNorm looks at. `keep` maps norms whose
+    gain must stay to the reason. Reads no weights.
 
     Raises:
         PlanError: a tensor that would change is not stored as floating point.
     """
-    request = Request(tied=tied, keep=keep or {})
-    expressions: dict[str, Expression] = {name: Tensor(name) for name in checkpoint.tensors}
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
-    config: dict[str, object] = {}
+    native = format == "native"
+    request = Request(format=format, tied=tied, fraction=fraction, keep=keep or {})
+    origins = Origins(graph)
+    draft = Draft(expressions={name: Tensor(name) for name in checkpoint.tensors})
+    rules = tuple(name for name in RULES if name in rules)
+    before = native_of(checkpoint.config)
     for name in rules:
-        proposal = RULES[name](graph, expressions, request)
-        for copy, original in proposal.copies.items():
-            shapes.setdefault(copy, shapes[original])
-            dtypes.setdefault(copy, dtypes[original])
-        expressions.update(proposal.expressions)
-        config.update(proposal.config)
-    if config.get(UNTIED[0]) == UNTIED[1]:
-        for copy, original in _cut_ties(graph, expressions).items():
-            expressions[copy] = expressions[original]
-            shapes[copy], dtypes[copy] = shapes[original], dtypes[original]
-    if dtype != "keep":
-        config["dtype"] = dtype
-        dtypes = {
-            name: STORED_DTYPE[dtype] if stored in _FLOATING else stored
-            for name, stored in dtypes.items()
-        }
-    edits = tuple(
-        Edit(tensor=name, dtype=dtypes[name], shape=shapes[name], expression=expression)
-        for name, expression in expressions.items()
-        if expression != Tensor(name) or dtypes[name] != checkpoint.tensors[name].dtype
-    )
+        draft = RULES[name](graph, origins, draft, request)
+    if draft.copies:
+        draft = _cut_ties(graph, origins, draft)
+    edits = _edits(checkpoint, draft, dtype)
     _require_floating(checkpoint, edits)
+    config: dict[str, object] = {} if dtype == "keep" else {"dtype": dtype}
+    if draft.copies:
+        config["tie_word_embeddings"] = False  # makes transformers keep tied parameters apart
     return Plan(
         model=graph.model,
         rules=rules,
-        verdicts=proposal.verdicts,
+        verdicts=draft.verdicts,
         edits=edits,
+        omitted=tuple(name for name in checkpoint.tensors if name in draft.omitted),
+        native=merged(before, _native(graph, origins, draft, rules)) if native else None,
         config=tuple(config.items()),
         notes=_notes(graph, edits),
     )
 
 
-def _cut_ties(graph: Graph, expressions: Mapping[str, Expression]) -> dict[str, str]:
-    """Every other tied parameter, and the tensor that it needs its own copy of.
+def _cut_ties(graph: Graph, origins: Origins, draft: Draft) -> Draft:
+    """Every other tied parameter gets its own copy of the tensor that it has been sharing.
 
     One switch in config.json cuts all ties of a model, a shared block's as well as the head's.
 
     Raises:
         PlanError: a tied parameter cannot be stored on its own.
     """
-    origins = Origins(graph)
-    copies: dict[str, str] = {}
+    copies = dict(draft.copies)
+    expressions = dict(draft.expressions)
     for tie in graph.ties:
         if tie.stored or tie.tensor in expressions:
             continue
@@ -96,7 +106,79 @@ def _cut_ties(graph: Graph, expressions: Mapping[str, Expression]) -> dict[str, 
                 "give --tied keep."
             )
         copies[tie.tensor] = original
-    return copies
+        expressions[tie.tensor] = expressions[original]
+    return replace(draft, copies=copies, expressions=expressions)
+
+
+def _edits(checkpoint: Checkpoint, draft: Draft, dtype: Dtype) -> tuple[Edit, ...]:
+    """Every tensor of the output that differs from the source's, or is not in it."""
+    stored = checkpoint.tensors
+    edits = []
+    for name, expression in draft.expressions.items():
+        if name in draft.omitted:
+            continue
+        if name in draft.biases:
+            model = stored[draft.copies.get(draft.biases[name], draft.biases[name])]
+            shape: tuple[int, ...] = (model.shape[0],)
+        else:
+            model = stored[draft.copies.get(name, name)]
+            shape = _shape(model.shape, draft, name)
+        dtype_before = stored[name].dtype if name in stored else model.dtype
+        kept = dtype == "keep" or model.dtype not in _FLOATING
+        new = model.dtype if kept else STORED_DTYPE[dtype]
+        if name not in stored or expression != Tensor(name) or new != dtype_before:
+            edits.append(Edit(tensor=name, dtype=new, shape=shape, expression=expression))
+    return tuple(edits)
+
+
+def _shape(before: tuple[int, ...], draft: Draft, name: str) -> tuple[int, ...]:
+    """The shape of a tensor of shape `before` after its expression."""
+    shape = list(before)
+    for axis in _shortened(draft, name):
+        shape[axis] -= 1
+    return tuple(shape)
+
+
+def _shortened(draft: Draft, name: str) -> list[int]:
+    """The axes that the expression of the tensor shortens by one."""
+    found, expression = [], draft.expressions[name]
+    while not isinstance(expression, Tensor) and hasattr(expression, "of"):
+        if isinstance(expression, (DropLast, MinusLast)):
+            found.append(expression.axis)
+        expression = expression.of
+    return found
+
+
+def _native(graph: Graph, origins: Origins, draft: Draft, rules: tuple[str, ...]) -> Native:
+    """What the draft changes in the model, by the names of its own parameters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter, value in graph.parameters:
+        known = graph.values[value].shape
+        shape = [size for size in known if isinstance(size, int)]
+        for part in origins.of(value) or ():
+            name = _stored_name(graph, draft, parameter, part.tensor)
+            for axis in _shortened(draft, name):
+                track = part.tracks[axis]
+                if track is None:
+                    raise PlanError(f"{part.tensor!r} becomes {parameter!r} in no known way.")
+                shape[track.axis] = len(track.index) - 1
+        if tuple(shape) != known:
+            shapes[parameter] = tuple(shape)
+    return Native(
+        rules=rules,
+        auto_classes=graph.auto_classes,
+        norms=tuple(draft.norms.values()),
+        recenterings=draft.recenterings,
+        shapes=tuple(shapes.items()),
+        biases=tuple(draft.biases),
+    )
+
+
+def _stored_name(graph: Graph, draft: Draft, parameter: str, tensor: str) -> str:
+    """The tensor that a parameter is loaded from: its own copy, if its tie was cut."""
+    ties = {tie.parameter: tie.tensor for tie in graph.ties}
+    own = ties.get(parameter)
+    return own if own is not None and own in draft.expressions else tensor
 
 
 def _require_floating(checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> None:

@@ -78,6 +78,7 @@ PLAN = Plan(
     rules=("flashnorm",),
     verdicts=(
         Verdict(
+            rule="flashnorm",
             norm="model.norm",
             kind="rmsnorm",
             gain="model.norm.weight",
@@ -118,7 +119,7 @@ def test_a_damaged_plan_is_refused() -> None:
 def test_plans_and_nodes_print() -> None:
     assert str(PLAN).splitlines() == [
         "plan for LlamaForCausalLM: flashnorm",
-        "fold model.norm: because",
+        "flashnorm: fold model.norm: because",
         "lm_head.weight = scale(lm_head.weight, axis=1, by=model.norm.weight) [BF16]",
         "config.tie_word_embeddings = False",
         "note: a note",

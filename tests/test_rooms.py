@@ -17,17 +17,21 @@ ALLOWED = {
     "source": {"errors", "ir", "source"},
     "rules": {"ir", "rules"},
     "planner": {*SHARED, "rules"},
+    "settle": {*SHARED, "planner", "rewrite"},
+    "recipe": {"errors", "ir", "api"},
+    "registration": {"nn"},
+    "nn": {"nn"},
     "trace": {*SHARED, "trace", "model_class", "precision", "quiet", "torch_dtypes"},
     "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", "model_class", "precision", "quiet", "torch_dtypes"},
-    "model_class": SHARED,
+    "model_class": {*SHARED, "nn"},
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
-    "cli": {*SHARED, "cli", "api", "__init__"},
+    "cli": {*SHARED, "cli", "api", "recipe", "__init__"},
 }
-TORCH = {"trace", "rewrite", "verify", "precision", "torch_dtypes"}
-TRANSFORMERS = {"trace", "verify", "model_class", "quiet"}
+TORCH = {"nn", "trace", "rewrite", "verify", "precision", "torch_dtypes"}
+TRANSFORMERS = {"nn", "trace", "verify", "model_class", "quiet"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -64,8 +68,9 @@ def test_every_room_is_listed() -> None:
 
 
 def test_modules_stay_small() -> None:
-    long = [p.name for p in MODULES if len(p.read_text(encoding="utf-8").splitlines()) > 400]
-    assert not long
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert lines.pop("modeling_normconvert.py") <= 550  # it travels alone, so all must be in it
+    assert max(lines.values()) <= 400
 
 
 @pytest.mark.parametrize(

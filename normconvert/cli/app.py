@@ -7,12 +7,15 @@ import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Optional
 
 import typer
 
 from normconvert import __version__
 from normconvert.errors import NormconvertError
+
+if TYPE_CHECKING:
+    from normconvert.api import Rewrite
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,13 +24,33 @@ app = typer.Typer(
     help="Rewrite the normalization layers of Hugging Face checkpoints exactly, and prove it.",
 )
 
+Output = Annotated[
+    Optional[Path],  # noqa: UP045  (Typer evaluates this at run time on Python 3.10)
+    typer.Option("-o", "--output", help="Default: ./NAME-REWRITE.", show_default=False),
+]
+Format = Annotated[
+    Literal["stock", "native"],
+    typer.Option(
+        help="stock: the same architecture, for any runtime. native: with other norms, and the "
+        "code for them."
+    ),
+]
+Dtype = Annotated[
+    Literal["keep", "float32", "bfloat16", "float16"],
+    typer.Option(help="The dtype to store all floating-point weights in."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
 Tied = Annotated[
     Literal["keep", "untie"],
     typer.Option(help="Keep tied embeddings tied, or store the head on its own to fold into it."),
 ]
 Revision = Annotated[
-    Optional[str],  # noqa: UP045  (Typer evaluates this at run time on Python 3.10)
+    Optional[str],  # noqa: UP045
     typer.Option(help="Branch, tag or commit of a Hub repository.", show_default=False),
 ]
 Trust = Annotated[
@@ -40,23 +63,13 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 @app.command()
 def flashnorm(
     model: Model,
-    output: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("-o", "--output", help="Default: ./NAME-flashnorm.", show_default=False),
-    ] = None,
-    format: Annotated[
-        Literal["stock"], typer.Option(help="stock: the same architecture, for any runtime.")
-    ] = "stock",
+    output: Output = None,
+    format: Format = "stock",
     tied: Tied = "keep",
-    dtype: Annotated[
-        Literal["keep", "float32", "bfloat16", "float16"],
-        typer.Option(help="The dtype to store all floating-point weights in."),
-    ] = "keep",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    dtype: Dtype = "keep",
+    dry_run: DryRun = False,
+    no_verify: NoVerify = False,
+    force: Force = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -66,25 +79,173 @@ def flashnorm(
 
     This is FlashNorm, arXiv 2407.09577.
     """
+    _convert(
+        model,
+        output,
+        ("flashnorm",),
+        as_json=as_json,
+        format=format,
+        tied=tied,
+        dtype=dtype,
+        dry_run=dry_run,
+        verify=not no_verify,
+        force=force,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def rmsnorm(
+    model: Model,
+    output: Output = None,
+    format: Format = "native",
+    tied: Tied = "keep",
+    dtype: Dtype = "keep",
+    dry_run: DryRun = False,
+    no_verify: NoVerify = False,
+    force: Force = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn the LayerNorms of a Pre-LayerNorm model into RMSNorms, and fold their gains.
+
+    This is Pre-RMSNorm, arXiv 2305.14858.
+    """
+    _convert(
+        model,
+        output,
+        ("rmsnorm",),
+        as_json=as_json,
+        format=format,
+        tied=tied,
+        dtype=dtype,
+        dry_run=dry_run,
+        verify=not no_verify,
+        force=force,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def crmsnorm(
+    model: Model,
+    output: Output = None,
+    tied: Tied = "keep",
+    dtype: Dtype = "keep",
+    dry_run: DryRun = False,
+    no_verify: NoVerify = False,
+    force: Force = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn LayerNorms into CRMSNorms on one coordinate less, and fold their gains.
+
+    This is Pre-CRMSNorm, arXiv 2305.14858.
+    """
+    _convert(
+        model,
+        output,
+        ("crmsnorm",),
+        as_json=as_json,
+        format="native",
+        tied=tied,
+        dtype=dtype,
+        dry_run=dry_run,
+        verify=not no_verify,
+        force=force,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def prmsnorm(
+    model: Model,
+    output: Output = None,
+    tied: Tied = "keep",
+    dtype: Dtype = "keep",
+    fraction: Annotated[
+        float, typer.Option(help="The share of the coordinates that the norms look at.")
+    ] = 0.0625,
+    dry_run: DryRun = False,
+    no_verify: NoVerify = False,
+    force: Force = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Estimate the RMS of every RMSNorm from some coordinates: an approximation.
+
+    This is pRMSNorm, arXiv 1910.07467. The report says how far the model moves.
+    """
+    _convert(
+        model,
+        output,
+        ("prmsnorm",),
+        as_json=as_json,
+        format="native",
+        tied=tied,
+        dtype=dtype,
+        fraction=fraction,
+        dry_run=dry_run,
+        verify=not no_verify,
+        force=force,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file; see configs/.", show_default=False)],
+    model: Annotated[
+        str, typer.Option("--model", help="A local folder or a Hub id.", show_default=False)
+    ],
+    output: Output = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert as a recipe says."""
+    from normconvert.recipe import read_recipe
+
+    found = read_recipe(recipe)
+    _convert(
+        model,
+        output,
+        found.steps,
+        as_json=as_json,
+        format=found.format,
+        tied=found.tied,
+        dtype=found.dtype,
+        fraction=found.fraction,
+        verify=found.verify,
+        dry_run=dry_run,
+        force=force,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _convert(
+    model: str, output: Path | None, rewrites: tuple[Rewrite, ...], *, as_json: bool, **options: Any
+) -> NoReturn:
     from normconvert.api import convert
     from normconvert.cli.progress import progress
     from normconvert.cli.show import show_conversion
 
     with progress(hidden=as_json) as listen:
-        report = convert(
-            model,
-            output,
-            "flashnorm",
-            format=format,
-            tied=tied,
-            dtype=dtype,
-            dry_run=dry_run,
-            verify=not no_verify,
-            force=force,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            listen=listen,
-        )
+        report = convert(model, output, rewrites, listen=listen, **options)
     _print_json(report.to_json()) if as_json else show_conversion(report)
     raise typer.Exit(1 if report.status == "rejected" else 0)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
-from normconvert.ir.plan import Verdict
+from normconvert.ir.plan import Plan, Verdict
 from normconvert.ir.report import Comparison, Conversion, Equivalence, Inspection
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
@@ -25,29 +25,38 @@ class _Group:
     readers: str
     action: str
     reason: str
+    becomes: bool
 
 
 def show_inspection(report: Inspection) -> None:
     """The table of norms, the reasons of those that stay, the totals."""
     console = Console(highlight=False)
     plan = report.plan
-    groups = _grouped(plan.verdicts)
+    becomes = (
+        {v.norm: v for v in report.rmsnorm.verdicts if v.rule == "rmsnorm"}
+        if report.rmsnorm
+        else {}
+    )
+    groups = _grouped(plan.verdicts, becomes)
     table = Table(title=f"{plan.model}: {report.model}", title_justify="left", expand=False)
     table.add_column("Norm", overflow="fold")
     table.add_column("", justify="right")
     table.add_column("Computes", overflow="fold")
     table.add_column("Read by", overflow="fold")
     table.add_column("FlashNorm")
+    if becomes:
+        table.add_column("RMSNorm")
     for group, count in groups.items():
-        style = "green" if group.action == "fold" else "yellow"
-        verdict = "folds" if group.action == "fold" else "stays"
-        table.add_row(
-            group.norm, f"×{count}", group.computes, group.readers, f"[{style}]{verdict}[/]"
-        )
+        cells = [group.norm, f"×{count}", group.computes, group.readers]
+        cells += [_verdict(group.action != "keep", "folds")]
+        cells += [_verdict(group.becomes, "converts")] if becomes else []
+        table.add_row(*cells)
     console.print(table)
     for group in groups:
         if group.action == "keep":
             console.print(f"[yellow]{group.norm}[/] stays: {group.reason}.", soft_wrap=True)
+    for group in _grouped(v for v in becomes.values() if v.action == "keep"):
+        console.print(f"[yellow]{group.norm}[/] stays what it is: {group.reason}.", soft_wrap=True)
     console.print(
         f"{len(plan.folded)} of {len(plan.verdicts)} norms fold: {report.changed_tensors} of "
         f"{report.total_tensors} tensors would change ({_size(report.changed_bytes)} of "
@@ -57,7 +66,23 @@ def show_inspection(report: Inspection) -> None:
     )
     if report.untied_bytes > report.added_bytes:
         console.print(f"With --tied untie the output would grow by {_size(report.untied_bytes)}.")
+    if report.rmsnorm is not None:
+        _show_layer_norms(console, report.rmsnorm)
     _show_notes(console, plan.notes)
+
+
+def _show_layer_norms(console: Console, plan: Plan) -> None:
+    converted, native = plan.changed("rmsnorm"), plan.native
+    layer_norms = [v for v in plan.verdicts if v.rule == "rmsnorm" and v.kind == "layernorm"]
+    line = f"{len(converted)} of {len(layer_norms)} LayerNorms convert to RMSNorm"
+    if native is not None and native.recenterings:
+        places = ", ".join(f"the {each.at} of {each.module}" for each in native.recenterings)
+        line += f", with {places} recentered"
+    console.print(line + ".", soft_wrap=True)
+
+
+def _verdict(changes: bool, word: str) -> str:
+    return f"[green]{word}[/]" if changes else "[yellow]stays[/]"
 
 
 def show_conversion(report: Conversion) -> None:
@@ -67,28 +92,62 @@ def show_conversion(report: Conversion) -> None:
     if report.status == "unchanged":
         console.print(
             f"{inspection.model} is converted already: every gain that could fold is the "
-            "identity. Nothing was written.",
+            "identity. Nothing was written."
+            if plan.native is None and "rmsnorm" not in plan.rules
+            else f"{inspection.model} is converted already. Nothing was written.",
             soft_wrap=True,
         )
         return
-    if report.status == "planned":
+    if report.status == "planned" and plan.rules == ("flashnorm",):
         show_inspection(inspection)
         console.print("Dry run: nothing was written.")
         return
-    console.print(
-        f"Folded {len(plan.folded)} of {len(plan.verdicts)} norms: {inspection.changed_tensors} "
-        f"tensors rewritten ({_size(inspection.changed_bytes)}).",
-        soft_wrap=True,
+    rewritten = (
+        f"{inspection.changed_tensors} tensors rewritten ({_size(inspection.changed_bytes)})"
     )
-    for group in _grouped(plan.kept):
+    if plan.omitted:
+        rewritten += f", {len(plan.omitted)} left out ({_size(inspection.omitted_bytes)})"
+    if inspection.added_bytes > 0:
+        rewritten += f", {_size(inspection.added_bytes)} larger"
+    console.print(f"{_done(plan)}: {rewritten}.", soft_wrap=True)
+    if plan.native is not None:
+        for each in plan.native.recenterings:
+            how = "Compressed" if each.compress else "Recentered"
+            console.print(f"{how}: the {each.at} of {each.module}.", soft_wrap=True)
+    kept = [v for v in plan.kept("rmsnorm") if v.kind == "layernorm"]
+    for group in _grouped((*kept, *plan.kept("prmsnorm"))):
         console.print(f"[yellow]{group.norm}[/] stays: {group.reason}.", soft_wrap=True)
+    what = "stays" if plan.rules == ("flashnorm",) else "keeps its gain"
+    for group in _grouped(plan.kept("flashnorm")):
+        console.print(f"[yellow]{group.norm}[/] {what}: {group.reason}.", soft_wrap=True)
     _show_notes(console, plan.notes)
+    if report.status == "planned":
+        console.print("Dry run: nothing was written.")
+        return
     if report.verification is not None:
         show_equivalence(report.verification)
     if report.status == "rejected":
         console.print("[red]The output is not equivalent; it was removed.[/]")
     else:
         console.print(f"Wrote {report.output}", soft_wrap=True)
+
+
+def _done(plan: Plan) -> str:
+    """How many norms each rule changed; the last of the two for LayerNorms says it all."""
+    parts = []
+    for rule, words in (
+        ("crmsnorm" if "crmsnorm" in plan.rules else "rmsnorm", "made {} of {} LayerNorms {}s"),
+        ("flashnorm", "folded {} of {} norms"),
+        ("prmsnorm", "made {} of {} norms pRMSNorms"),
+    ):
+        if rule in plan.rules:
+            asked = [v for v in plan.verdicts if v.rule == rule]
+            if rule in ("rmsnorm", "crmsnorm"):
+                asked = [v for v in asked if v.kind == "layernorm"]
+            name = {"rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm"}.get(rule)
+            parts.append(words.format(len(plan.changed(rule)), len(asked), name))
+    line = ", ".join(parts)
+    return line[:1].upper() + line[1:]
 
 
 def show_equivalence(report: Equivalence) -> None:
@@ -136,7 +195,9 @@ def _times_floor(comparison: Comparison) -> float:
     )
 
 
-def _grouped(verdicts: Iterable[Verdict]) -> dict[_Group, int]:
+def _grouped(
+    verdicts: Iterable[Verdict], becomes: Mapping[str, Verdict] | None = None
+) -> dict[_Group, int]:
     groups: dict[_Group, int] = {}
     for verdict in verdicts:
         group = _Group(
@@ -145,6 +206,7 @@ def _grouped(verdicts: Iterable[Verdict]) -> dict[_Group, int]:
             readers=", ".join(dict.fromkeys(_short(reader) for reader in verdict.readers)) or "-",
             action=verdict.action,
             reason=_LAYER.sub("*", verdict.reason),
+            becomes=becomes is not None and becomes[verdict.norm].action != "keep",
         )
         groups[group] = groups.get(group, 0) + 1
     return groups

@@ -6,7 +6,7 @@ them; `to_json` and `from_json` are exact inverses.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any, TypeAlias
@@ -96,9 +96,47 @@ class Fill:
         return f"fill({self.value:g})"
 
 
-Expression: TypeAlias = "Tensor | Scale | Plus | Divide | AddProduct | Spread | Fill"
+@dataclass(frozen=True, slots=True)
+class Center:
+    """`of` minus its mean over `axis`."""
 
-_ANY = (Tensor, Scale, Plus, Divide, AddProduct, Spread, Fill)
+    of: Expression
+    axis: int
+
+    def __str__(self) -> str:
+        return f"center({self.of}, axis={self.axis})"
+
+
+@dataclass(frozen=True, slots=True)
+class DropLast:
+    """`of` without the last slice along `axis`: a vector of mean zero is known by the others."""
+
+    of: Expression
+    axis: int
+
+    def __str__(self) -> str:
+        return f"drop_last({self.of}, axis={self.axis})"
+
+
+@dataclass(frozen=True, slots=True)
+class MinusLast:
+    """`of` without the last slice along `axis`, which is subtracted from every other one.
+
+    Its product with the first coordinates of a vector of mean zero is that of `of` with all.
+    """
+
+    of: Expression
+    axis: int
+
+    def __str__(self) -> str:
+        return f"minus_last({self.of}, axis={self.axis})"
+
+
+Expression: TypeAlias = (
+    "Tensor | Scale | Plus | Divide | AddProduct | Spread | Fill | Center | DropLast | MinusLast"
+)
+
+_ANY = (Tensor, Scale, Plus, Divide, AddProduct, Spread, Fill, Center, DropLast, MinusLast)
 _OPERATIONS: dict[str, type[Any]] = {
     "scale": Scale,
     "plus": Plus,
@@ -106,6 +144,9 @@ _OPERATIONS: dict[str, type[Any]] = {
     "add_product": AddProduct,
     "spread": Spread,
     "fill": Fill,
+    "center": Center,
+    "drop_last": DropLast,
+    "minus_last": MinusLast,
 }
 _NAMES = {operation: name for name, operation in _OPERATIONS.items()}
 
@@ -128,6 +169,20 @@ def walk(expression: Expression) -> Iterator[Expression]:
 def tensors(expression: Expression) -> set[str]:
     """The names of the source tensors that `expression` reads."""
     return {each.name for each in walk(expression) if isinstance(each, Tensor)}
+
+
+def shape_of(expression: Expression, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of `expression`, if it says so; `shapes` are those of the source's tensors."""
+    match expression:
+        case Tensor(name):
+            return shapes[name]
+        case DropLast(of, axis) | MinusLast(of, axis):
+            shape = list(shape_of(of, shapes))
+            shape[axis] -= 1
+            return tuple(shape)
+        case Scale(of=of) | Plus(of=of) | Divide(of=of) | Center(of=of) | AddProduct(of=of):
+            return shape_of(of, shapes)
+    raise ValueError(f"the shape of {expression} is its edit's")
 
 
 def to_json(expression: Expression) -> Any:

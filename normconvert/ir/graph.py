@@ -99,11 +99,29 @@ class Tie:
     stored: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of a module: where something can be put in front of it or behind it.
+
+    `inputs` are its tensors by position or keyword; `output` is None if it returned anything
+    but one tensor.
+    """
+
+    module: str
+    inputs: tuple[tuple[int | str, int], ...]
+    output: int | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """A traced model. See the module's docstring."""
+    """A traced model. See the module's docstring.
+
+    `auto_classes` are transformers' classes that load it. `open_biases` maps the weight of each
+    Linear without a bias to the name that a bias would have, in the model and on disk.
+    """
 
     model: str
+    auto_classes: tuple[str, ...]
     values: tuple[Value, ...]
     nodes: tuple[Node, ...]
     leaves: tuple[tuple[str, int], ...]
@@ -111,6 +129,8 @@ class Graph:
     norms: tuple[Norm, ...]
     ties: tuple[Tie, ...]
     outputs: tuple[tuple[str, int], ...]
+    calls: tuple[Call, ...]
+    open_biases: tuple[tuple[str, str], ...]
 
     @cached_property
     def leaf_names(self) -> dict[int, str]:
@@ -147,12 +167,17 @@ class Graph:
         return tuple(name for name, value in self.leaves if value not in self.consumers)
 
     @cached_property
-    def norm_outputs(self) -> dict[str, tuple[int, ...]]:
-        """Module path of a norm -> what its calls return."""
-        found: dict[str, tuple[int, ...]] = {}
+    def norms_by_module(self) -> dict[str, Norm]:
+        """Module path -> the norm."""
+        return {norm.module: norm for norm in self.norms}
+
+    @cached_property
+    def norm_calls(self) -> dict[str, tuple[Node, ...]]:
+        """Module path of a norm -> its calls."""
+        found: dict[str, tuple[Node, ...]] = {}
         for node in self.nodes:
             if node.op == "norm":
-                found[node.module] = (*found.get(node.module, ()), *node.outputs)
+                found[node.module] = (*found.get(node.module, ()), node)
         return found
 
     def __str__(self) -> str:

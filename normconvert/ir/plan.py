@@ -12,12 +12,14 @@ from typing import Any, Literal, TypeAlias
 
 from normconvert.ir.expression import Expression, from_json, to_json
 from normconvert.ir.graph import NormKind
+from normconvert.ir.native import Native
 
 SCHEMA_VERSION = 1
 
 Tied: TypeAlias = Literal["keep", "untie"]
 Dtype: TypeAlias = Literal["keep", "float32", "bfloat16", "float16"]
-Action: TypeAlias = Literal["fold", "keep"]
+Format: TypeAlias = Literal["stock", "native"]
+Action: TypeAlias = Literal["fold", "center", "compress", "approximate", "keep"]
 
 DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
@@ -33,12 +35,16 @@ STORED_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What happens to one norm, and why.
+    """What `rule` does to one norm, and why.
+
+    fold: its gain moves into the readers. center: what it reads has mean zero, and it becomes an
+    RMSNorm. compress: it becomes a CRMSNorm. approximate: it becomes a pRMSNorm. keep: nothing.
 
     `gain` and `bias` are tensors of the checkpoint, `readers` the tensors that the norm's
     output is multiplied with, `offset` and `eps` as in `normconvert.ir.graph.Norm`.
     """
 
+    rule: str
     norm: str
     kind: NormKind
     gain: str | None
@@ -75,26 +81,32 @@ class Plan:
     """See the module's docstring.
 
     `edits` are in the source's order, then new tensors; every tensor without an edit is copied
-    byte for byte. `config` are the keys of config.json that change.
+    byte for byte, unless it is `omitted`. `config` are the keys of config.json that change, and
+    `native` what a checkpoint in the native format changes in its model (None: stock).
     """
 
     model: str
     rules: tuple[str, ...]
     verdicts: tuple[Verdict, ...]
     edits: tuple[Edit, ...]
+    omitted: tuple[str, ...] = ()
+    native: Native | None = None
     config: tuple[tuple[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property
     def folded(self) -> tuple[Verdict, ...]:
-        """The norms that are folded."""
-        return tuple(verdict for verdict in self.verdicts if verdict.action == "fold")
+        """The norms whose gains move into their readers."""
+        return self.changed("flashnorm")
 
-    @property
-    def kept(self) -> tuple[Verdict, ...]:
-        """The norms that stay as they are."""
-        return tuple(verdict for verdict in self.verdicts if verdict.action == "keep")
+    def changed(self, rule: str) -> tuple[Verdict, ...]:
+        """The norms that `rule` changes."""
+        return tuple(v for v in self.verdicts if v.rule == rule and v.action != "keep")
+
+    def kept(self, rule: str) -> tuple[Verdict, ...]:
+        """The norms that `rule` leaves as they are."""
+        return tuple(v for v in self.verdicts if v.rule == rule and v.action == "keep")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; `from_json` is its exact inverse."""
@@ -103,6 +115,7 @@ class Plan:
             {**asdict(edit), "expression": to_json(edit.expression)} for edit in self.edits
         ]
         data["config"] = dict(self.config)
+        data["native"] = self.native and self.native.to_json()
         return data
 
     @classmethod
@@ -131,6 +144,8 @@ class Plan:
                     )
                     for edit in data["edits"]
                 ),
+                omitted=tuple(data["omitted"]),
+                native=data["native"] and Native.from_json(data["native"]),
                 config=tuple(data["config"].items()),
                 notes=tuple(data["notes"]),
             )
@@ -139,7 +154,11 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"plan for {self.model}: {', '.join(self.rules)}"]
-        lines += [f"{v.action} {v.norm}: {v.reason}" for v in self.verdicts]
+        lines += [f"{v.rule}: {v.action} {v.norm}: {v.reason}" for v in self.verdicts]
         lines += [f"{edit.tensor} = {edit.expression} [{edit.dtype}]" for edit in self.edits]
+        lines += [f"{tensor} is omitted" for tensor in self.omitted]
+        if self.native is not None:
+            lines += [str(norm) for norm in self.native.norms]
+            lines += [str(recentering) for recentering in self.native.recenterings]
         lines += [f"config.{key} = {value!r}" for key, value in self.config]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])

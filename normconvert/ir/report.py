@@ -14,9 +14,10 @@ Status: TypeAlias = Literal["converted", "planned", "unchanged", "rejected"]
 class Inspection:
     """What a conversion would do. Sizes are in bytes of the stored tensors.
 
-    `changed_bytes` are those of the tensors that the plan rewrites, `gain_bytes` those of the
-    gains that become the identity, `added_bytes` what the output is larger by, and
-    `untied_bytes` what it would be larger by with tied="untie".
+    `changed_bytes` are those of the tensors that the plan rewrites, `omitted_bytes` those of the
+    tensors that go away, `gain_bytes` those of the gains that become the identity, `added_bytes`
+    what the output is larger by, and `untied_bytes` what it would be larger by with tied="untie".
+    `rmsnorm` is the plan of that rewrite for a model with LayerNorms.
     """
 
     model: str
@@ -26,13 +27,16 @@ class Inspection:
     total_bytes: int
     changed_tensors: int
     changed_bytes: int
+    omitted_bytes: int
     gain_bytes: int
     added_bytes: int
     untied_bytes: int
+    rmsnorm: Plan | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
-        return {**asdict(self), "plan": self.plan.to_json()}
+        rmsnorm = self.rmsnorm and self.rmsnorm.to_json()
+        return {**asdict(self), "plan": self.plan.to_json(), "rmsnorm": rmsnorm}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,6 @@
 
 from normconvert.rewrite.examine import IDENTITY, examine
 from normconvert.rewrite.folder import Staged, stage
-from normconvert.rewrite.writer import write
+from normconvert.rewrite.writer import preview, rules_in_manifest, write
 
-__all__ = ["IDENTITY", "Staged", "examine", "stage", "write"]
+__all__ = ["IDENTITY", "Staged", "examine", "preview", "rules_in_manifest", "stage", "write"]

@@ -10,6 +10,7 @@ import math
 import os
 from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +18,18 @@ import torch
 from normconvert.errors import RewriteError
 from normconvert.ir.expression import (
     AddProduct,
+    Center,
     Divide,
+    DropLast,
     Expression,
     Fill,
+    MinusLast,
     Plus,
     Scale,
     Spread,
     Tensor,
     positions,
+    shape_of,
 )
 from normconvert.rewrite.layout import row_blocks
 from normconvert.rewrite.rounding import multiply, product_dtype, round_once
@@ -43,10 +48,14 @@ class Evaluator:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._tensors = checkpoint.tensors
+        self._shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
         self._paths = checkpoint.paths
         self._files: dict[Path, int] = {}
         # All blocks of a tensor, and mostly its neighbours, share one factor.
         self._cached_factor = lru_cache(maxsize=16)(self._whole_factor)
+        self._cached_mean = lru_cache(maxsize=4)(self._whole_mean)
+        self._cached_last = lru_cache(maxsize=4)(self._whole_last)
+        self._one_at_a_time = RLock()
 
     def __enter__(self) -> Evaluator:
         for path in set(self._paths.values()):
@@ -91,6 +100,14 @@ class Evaluator:
                 return self._divide(expression, self.vector(of, size), self.vector(by, size))
             case Scale(of, _, by):
                 return self.vector(of, size) * self.vector(by, size)
+            case Center(of, _):
+                whole = self.vector(of, size)
+                return whole - whole.mean()
+            case DropLast(of, _):
+                return self.vector(of, size + 1)[:-1]
+            case MinusLast(of, _):
+                whole = self.vector(of, size + 1)
+                return whole[:-1] - whole[-1]
             case Spread(of, runs):
                 index = torch.tensor(positions(runs))
                 source = self.vector(of, int(index.max()) + 1)
@@ -118,9 +135,63 @@ class Evaluator:
             case Scale(of, axis, by):
                 factor = self._factor(by, shape, axis, start, stop, torch.float64)
                 return self._matrix(of, shape, start, stop).mul_(factor)
-            case Fill(value):
-                return torch.full((stop - start, shape[-1]), value, dtype=torch.float64)
+            case Center(of, axis):
+                rows = self._matrix(of, shape, start, stop)
+                if axis == len(shape) - 1:
+                    return rows.sub_(rows.mean(-1, keepdim=True))
+                return rows.sub_(self._mean(of, shape, axis)[_across(shape, axis, start, stop)])
+            case DropLast(of, axis) | MinusLast(of, axis):
+                longer = (*shape[:axis], shape[axis] + 1, *shape[axis + 1 :])
+                less = isinstance(expression, MinusLast)
+                if axis == len(shape) - 1:
+                    rows = self._matrix(of, longer, start, stop)
+                    return rows[:, :-1] - rows[:, -1:] if less else rows[:, :-1].contiguous()
+                rows = self._without_last(of, longer, axis, start, stop)
+                if not less:
+                    return rows
+                return rows.sub_(self._last(of, longer, axis)[_across(shape, axis, start, stop)])
         raise RewriteError(f"{expression} is not a matrix.")
+
+    def _without_last(
+        self, of: Expression, longer: tuple[int, ...], axis: int, start: int, stop: int
+    ) -> torch.Tensor:
+        """Rows `start` to `stop` of what is left of `of`, of shape `longer`.
+
+        What it drops is the last slice along `axis`, which is not the last axis.
+        """
+        inner = math.prod(longer[axis + 1 : -1])
+        outer = (longer[axis] - 1) * inner
+        first, last = (row + row // outer * inner for row in (start, stop - 1))
+        coordinate = torch.arange(first, last + 1).div(inner, rounding_mode="floor")
+        kept = coordinate % longer[axis] < longer[axis] - 1
+        return self._matrix(of, longer, first, last + 1)[kept]
+
+    def _mean(self, of: Expression, shape: tuple[int, ...], axis: int) -> torch.Tensor:
+        """The mean over `axis`, which is not the last: [all other axes but the last, last]."""
+        with self._one_at_a_time:  # all blocks of a tensor need the same one
+            return self._cached_mean(of, shape, axis)
+
+    def _whole_mean(self, of: Expression, shape: tuple[int, ...], axis: int) -> torch.Tensor:
+        inner = math.prod(shape[axis + 1 : -1])
+        total = torch.zeros(math.prod(shape[:axis]) * inner, shape[-1], dtype=torch.float64)
+        for start, stop in row_blocks(0, math.prod(shape[:-1]), shape[-1] * 8, BLOCK_BYTES):
+            rows = self._matrix(of, shape, start, stop)
+            if len(total) == 1:
+                total += rows.sum(0)
+            else:
+                total.index_add_(0, _across(shape, axis, start, stop), rows)
+        return total / shape[axis]
+
+    def _last(self, of: Expression, longer: tuple[int, ...], axis: int) -> torch.Tensor:
+        """The last slice along `axis`, as `_mean` gives the mean."""
+        with self._one_at_a_time:
+            return self._cached_last(of, longer, axis)
+
+    def _whole_last(self, of: Expression, longer: tuple[int, ...], axis: int) -> torch.Tensor:
+        inner = math.prod(longer[axis + 1 : -1])
+        ends = range(1, math.prod(longer[:axis]) + 1)
+        stops = [end * longer[axis] * inner for end in ends]
+        return torch.cat([self._matrix(of, longer, stop - inner, stop) for stop in stops])
 
     def _factor(
         self,
@@ -145,7 +216,7 @@ class Evaluator:
         return factor.to(product_dtype(factor, dtype))
 
     def _product(self, matrix: Expression, axis: int, vector: Expression) -> torch.Tensor:
-        shape = self._shape(matrix)
+        shape = shape_of(matrix, self._shapes)
         factor = self.vector(vector, shape[axis])
         pieces = (
             (start, stop, self._matrix(matrix, shape, start, stop))
@@ -157,12 +228,6 @@ class Evaluator:
         for start, stop, rows in pieces:
             total += factor[start:stop] @ rows
         return total
-
-    def _shape(self, matrix: Expression) -> tuple[int, ...]:
-        while isinstance(matrix, Scale):
-            matrix = matrix.of
-        assert isinstance(matrix, Tensor)
-        return self._tensors[matrix.name].shape
 
     def _divide(self, expression: Expression, of: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         zero = by == 0
@@ -206,6 +271,13 @@ class Evaluator:
             raise RewriteError(
                 f"{edit.tensor!r} would overflow to infinity in {edit.dtype}; {remedy}."
             )
+
+
+def _across(shape: tuple[int, ...], axis: int, start: int, stop: int) -> torch.Tensor:
+    """For each row the number of its place across `axis`: what all along the axis share."""
+    inner = math.prod(shape[axis + 1 : -1])
+    row = torch.arange(start, stop)
+    return row.div(inner * shape[axis], rounding_mode="floor") * inner + row % inner
 
 
 def _looks_finite(values: torch.Tensor) -> bool:

@@ -28,7 +28,8 @@ def examine(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
     keep: dict[str, str] = {}
     with Evaluator(checkpoint) as evaluator:
         for verdict in plan.folded:
-            if reason := _reason(verdict, divided, dtypes, evaluator):
+            reason = _reason(verdict, divided, dtypes, evaluator)
+            if reason is not None and not (reason == IDENTITY and plan.native):
                 keep[verdict.norm] = reason
     return keep
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from normconvert.ir.plan import DTYPE_BYTES
-from normconvert.source import Checkpoint, Shard, encode_header
+from normconvert.source import Checkpoint, Header, Shard, Tensor, encode_header
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Edit, Plan
@@ -42,6 +42,29 @@ class Layout:
         """Bytes of the whole file."""
         return len(self.header) + sum(placed.nbytes for placed in self.tensors)
 
+    @property
+    def parsed_header(self) -> Header:
+        """What reading the file's header will give."""
+        stored = {tensor.name: tensor for tensor in self.shard.header.tensors}
+        tensors = []
+        for placed in self.tensors:
+            known = placed.edit or stored[placed.name]
+            stop = placed.start + placed.nbytes
+            tensors.append(
+                Tensor(
+                    name=placed.name,
+                    dtype=known.dtype,
+                    shape=known.shape,
+                    start=placed.start,
+                    stop=stop,
+                )
+            )
+        return Header(
+            tensors=tuple(tensors),
+            metadata=self.shard.header.metadata,
+            data_start=len(self.header),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -67,8 +90,9 @@ def lay_out(plan: Plan, checkpoint: Checkpoint) -> tuple[Layout, ...]:
     edits = {edit.tensor: edit for edit in plan.edits}
     new = [edit for edit in plan.edits if edit.tensor not in checkpoint.tensors]
     last = checkpoint.shards[-1]
+    omitted = frozenset(plan.omitted)
     return tuple(
-        _lay_out(shard, edits, new if shard is last else []) for shard in checkpoint.shards
+        _lay_out(shard, edits, omitted, new if shard is last else []) for shard in checkpoint.shards
     )
 
 
@@ -95,12 +119,10 @@ def row_blocks(first: int, last: int, row_bytes: int, nbytes: int) -> list[tuple
 
 
 def _spans(tensors: tuple[Placed, ...]) -> Iterator[Span]:
-    """One span for every edited tensor, and one for all unchanged ones between two of them."""
+    """One span for every edited tensor, and one for the unchanged ones between two of them."""
     for unchanged, group in groupby(tensors, lambda placed: placed.edit is None):
         if unchanged:
-            run = list(group)
-            source = run[0].source_start
-            yield Span(None, source, source + sum(p.nbytes for p in run), 1, run[0].start)
+            yield from _runs(list(group))
             continue
         for placed in group:
             assert placed.edit is not None
@@ -108,12 +130,26 @@ def _spans(tensors: tuple[Placed, ...]) -> Iterator[Span]:
             yield Span(placed.edit, 0, rows, placed.nbytes // max(1, rows), placed.start)
 
 
-def _lay_out(shard: Shard, edits: dict[str, Edit], new: list[Edit]) -> Layout:
+def _runs(tensors: list[Placed]) -> Iterator[Span]:
+    """Unchanged tensors that lie one behind the other in the source too, as one span each."""
+    while tensors:
+        first, stop, count = tensors[0], tensors[0].source_start, 0
+        while count < len(tensors) and tensors[count].source_start == stop:
+            stop += tensors[count].nbytes
+            count += 1
+        yield Span(None, first.source_start, stop, 1, first.start)
+        tensors = tensors[count:]
+
+
+def _lay_out(
+    shard: Shard, edits: dict[str, Edit], omitted: frozenset[str], new: list[Edit]
+) -> Layout:
     entries = [
         (edit.tensor, edit.dtype, edit.shape)
         if (edit := edits.get(tensor.name))
         else (tensor.name, tensor.dtype, tensor.shape)
         for tensor in shard.header.tensors
+        if tensor.name not in omitted
     ]
     entries += [(edit.tensor, edit.dtype, edit.shape) for edit in new]
     header = encode_header(entries, shard.header.metadata)

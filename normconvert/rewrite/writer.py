@@ -9,17 +9,20 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from normconvert.errors import RewriteError
+from normconvert.errors import RewriteError, SourceError
 from normconvert.ir.event import Event, Listener
+from normconvert.ir.native import MODELING_FILE, native_config
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
 from normconvert.rewrite.folder import cannot_write
 from normconvert.rewrite.layout import Layout, Span, batches, lay_out, row_blocks
-from normconvert.source.checkpoint import INDEX_FILE, Checkpoint, read_json
+from normconvert.source.checkpoint import INDEX_FILE, Checkpoint, Shard, read_json
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Plan
@@ -56,6 +59,27 @@ def write(
         raise cannot_write(folder, error) from error
 
 
+def preview(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint that `write` would make, without its bytes. Its config.json is in `folder`."""
+    shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")
+    _write_config(plan, checkpoint, folder)
+    shards = tuple(
+        Shard(name=layout.shard.name, path=folder / layout.shard.name, header=layout.parsed_header)
+        for layout in lay_out(plan, checkpoint)
+    )
+    config = read_json(folder / "config.json")
+    return replace(checkpoint, folder=folder, config=config, shards=shards)
+
+
+def rules_in_manifest(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The rules that an earlier conversion applied to a stock checkpoint; none if it is none."""
+    try:
+        plan = read_json(checkpoint.folder / MANIFEST)["plan"]
+        return tuple(plan["rules"])
+    except (SourceError, KeyError, TypeError):
+        return ()
+
+
 def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -79,7 +103,7 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _write_config(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     """config.json as it was, save for the keys that the plan changes, wherever they stand."""
-    if not plan.config:
+    if not plan.config and plan.native is None:
         return
     config = dict(checkpoint.config)
     for key, value in plan.config:
@@ -87,6 +111,10 @@ def _write_config(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
         for name, section in config.items():
             if isinstance(section, dict) and key in section:
                 config[name] = {**section, key: value}
+    if plan.native is not None:
+        config = native_config(config, plan.native)
+        with as_file(files("normconvert.nn") / MODELING_FILE) as path:
+            shutil.copyfile(path, folder / MODELING_FILE)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -100,7 +128,8 @@ def _write_index(layouts: tuple[Layout, ...], checkpoint: Checkpoint, folder: Pa
     if weight_map == index["weight_map"] and total == checkpoint.nbytes:
         shutil.copyfile(checkpoint.folder / INDEX_FILE, folder / INDEX_FILE)
         return
-    index["weight_map"] = {**index["weight_map"], **weight_map}
+    kept = {name: shard for name, shard in index["weight_map"].items() if name in weight_map}
+    index["weight_map"] = {**kept, **weight_map}
     index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 

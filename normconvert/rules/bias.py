@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from normconvert.ir.graph import Graph, Norm, Ref
 from normconvert.rules.axes import Track
-from normconvert.rules.readers import Readers, outputs_of
+from normconvert.rules.draft import Readers
+from normconvert.rules.readers import outputs_of
 from normconvert.rules.scaling import Contraction, Origins, follow, identity
 
 
 def find_slots(
-    graph: Graph, origins: Origins, norms: tuple[Norm, ...], found: Readers
+    graph: Graph, origins: Origins, norms: tuple[Norm, ...], found: Readers, *, add: bool
 ) -> dict[str, str] | None:
     """For each reader the bias that can take W b; None unless all have one of their own.
 
-    A constant goes the way of a scaling only where elements are merely rearranged. The bias
-    must be added to the rows of that product in order, and to nothing else.
+    With `add`, a Linear that has none may be given one. A constant goes the way of a scaling only
+    where elements are merely rearranged. The bias must be added to the rows of that product in
+    order, and to nothing else.
     """
     constant = follow(graph, outputs_of(graph, norms), rearrange_only=True)
     if constant.stops or set(constant.contractions) != set(found.contractions):
         return None
+    named = {original: copy for copy, original in found.copies.items()}
+    new = _open_biases(graph, origins) if add else {}
     slots: dict[str, str] = {}
     additions: dict[str, set[int]] = {}
     for contraction in found.contractions:
-        pair = _linear(graph, origins, contraction)
-        if pair is None or slots.setdefault(*pair) != pair[1]:
+        pair = _linear(graph, origins, contraction, new)
+        if pair is None:
+            return None
+        reader = named.get(pair[0], pair[0])
+        if slots.setdefault(reader, pair[1]) != pair[1]:
             return None
         additions.setdefault(pair[1], set()).add(contraction.node)
     whole = all(
@@ -37,28 +46,47 @@ def find_slots(
     return slots
 
 
-def _linear(graph: Graph, origins: Origins, contraction: Contraction) -> tuple[str, str] | None:
-    """The weight and the bias of the product, if it is x Wᵀ + c with W and c as stored."""
+def _open_biases(graph: Graph, origins: Origins) -> Mapping[tuple[str, str], str]:
+    """(tensor, module) of every Linear that has that weight and no bias -> the bias's name."""
+    found: dict[tuple[str, str], str] = {}
+    for parameter, bias in graph.open_biases:
+        tensor = origins.tensor(graph.parameter_values[parameter])
+        if tensor is not None:
+            found[tensor, parameter.rpartition(".")[0]] = bias
+    return found
+
+
+def _linear(
+    graph: Graph, origins: Origins, contraction: Contraction, new: Mapping[tuple[str, str], str]
+) -> tuple[str, str] | None:
+    """The weight and the bias of the product, if it is x Wᵀ (+ c) with W and c as stored."""
     node = graph.nodes[contraction.node]
-    if node.op != "addmm" or node.argument("beta", 1) != 1 or node.argument("alpha", 1) != 1:
-        return None
-    added = node.argument("self")
-    assert isinstance(added, Ref)
-    weight, bias = origins.of(contraction.other), origins.of(added.value)
-    if weight is None or bias is None or len(weight) != 1 or len(bias) != 1:
-        return None
-    if not (weight[0].plain and bias[0].plain):
+    weight = origins.of(contraction.other)
+    if weight is None or len(weight) != 1 or not weight[0].plain:
         return None
     rows = graph.values[node.outputs[0]].shape[-1]
     row_tracks = [t for t in weight[0].tracks if t is None or t.axis != contraction.other_axis]
-    if not isinstance(rows, int) or len(row_tracks) != 1 or len(bias[0].tracks) != 1:
+    if not isinstance(rows, int) or len(row_tracks) != 1 or not identity(row_tracks[0], rows):
         return None
-    in_order = identity(row_tracks[0], rows) and identity(bias[0].tracks[0], rows)
-    return (weight[0].tensor, bias[0].tensor) if in_order else None
+    tensor = weight[0].tensor
+    if node.op != "addmm":
+        bias = new.get((tensor, node.module)) if node.op in ("mm", "bmm") else None
+        return None if bias is None else (tensor, bias)
+    if node.argument("beta", 1) != 1 or node.argument("alpha", 1) != 1:
+        return None
+    added = node.argument("self")
+    assert isinstance(added, Ref)
+    constant = origins.of(added.value)
+    if constant is None or len(constant) != 1 or not constant[0].plain:
+        return None
+    tracks = constant[0].tracks
+    return (tensor, constant[0].tensor) if len(tracks) == 1 and identity(tracks[0], rows) else None
 
 
 def _added_only_at(graph: Graph, slot: str, nodes: set[int]) -> bool:
-    value = graph.leaf_values[slot]
+    value = graph.leaf_values.get(slot)
+    if value is None:
+        return True
     (size,) = graph.values[value].shape
     assert isinstance(size, int)
     ends = follow(graph, {value: Track(0, range(size))}, parts=True, rearrange_only=True)

@@ -13,15 +13,16 @@ else reads; otherwise the norm is kept, with the place that stands in the way as
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from normconvert.ir.expression import AddProduct, Divide, Expression, Fill, Plus, Scale, spread
 from normconvert.ir.graph import Graph, Norm
+from normconvert.ir.native import NormClass, NormModule
 from normconvert.ir.plan import Verdict
 from normconvert.rules.axes import Track
 from normconvert.rules.bias import find_slots
-from normconvert.rules.proposal import UNTIED, Proposal, Request
-from normconvert.rules.readers import Obstacle, Readers, find_readers
+from normconvert.rules.draft import Draft, Obstacle, Readers, Request
+from normconvert.rules.readers import find_readers
 from normconvert.rules.scaling import Origins, follow
 
 
@@ -41,30 +42,24 @@ class _Fold:
         if self.bias is None:
             return "all its readers are weights that nothing else reads"
         return (
-            "all its readers are weights with a bias, which nothing else reads"
+            "all its readers are weights that nothing else reads, with a bias"
             if self.slots
             else "all its readers are weights that nothing else reads; bias / gain stays"
         )
 
 
-def flashnorm(graph: Graph, expressions: Mapping[str, Expression], request: Request) -> Proposal:
-    """Propose to fold every norm whose gain provably can move into its readers."""
-    origins = Origins(graph)
-    changed: dict[str, Expression] = {}
-    copies: dict[str, str] = {}
+def flashnorm(graph: Graph, origins: Origins, draft: Draft, request: Request) -> Draft:
+    """Fold every norm whose gain provably can move into its readers."""
     verdicts: dict[str, Verdict] = {}
     for norms in _sharing_a_gain(graph, origins):
         outcome = _prove(graph, origins, norms, request)
         for norm in norms:
             verdicts[norm.module] = _verdict(origins, norm, outcome)
         if isinstance(outcome, _Fold):
-            changed.update(_edits({**expressions, **changed}, outcome))
-            copies.update(outcome.readers.copies)
-    return Proposal(
-        verdicts=tuple(verdicts[norm.module] for norm in graph.norms),
-        expressions=changed,
-        copies=copies,
-        config=dict([UNTIED]) if copies else {},
+            draft = _folded(draft, norms, outcome, request)
+    return replace(
+        draft,
+        verdicts=(*draft.verdicts, *(verdicts[norm.module] for norm in graph.norms)),
     )
 
 
@@ -100,7 +95,8 @@ def _prove(
     readers = find_readers(graph, origins, norms, request.tied)
     if isinstance(readers, Obstacle):
         return readers
-    slots = None if bias is None else find_slots(graph, origins, norms, readers)
+    add = request.format == "native"
+    slots = None if bias is None else find_slots(graph, origins, norms, readers, add=add)
     (size,) = graph.values[norm.gain].shape
     assert isinstance(size, int)
     return _Fold(
@@ -126,6 +122,7 @@ def _verdict(origins: Origins, norm: Norm, outcome: _Fold | Obstacle) -> Verdict
     folds = isinstance(outcome, _Fold)
     readers = outcome.readers.readers if isinstance(outcome, _Fold) else outcome.readers
     return Verdict(
+        rule="flashnorm",
         norm=norm.module,
         kind=norm.kind,
         gain=origins.vector(norm.gain),
@@ -138,8 +135,43 @@ def _verdict(origins: Origins, norm: Norm, outcome: _Fold | Obstacle) -> Verdict
     )
 
 
-def _edits(current: Mapping[str, Expression], fold: _Fold) -> dict[str, Expression]:
+def _folded(draft: Draft, norms: tuple[Norm, ...], fold: _Fold, request: Request) -> Draft:
+    """The draft with the fold in it."""
+    edits = _edits(draft, fold)
+    copies = {**draft.copies, **fold.readers.copies}
+    biases = {s: reader for reader, s in fold.slots.items() if s not in draft.expressions}
+    draft = replace(
+        draft,
+        expressions={**draft.expressions, **edits},
+        copies=copies,
+        biases={**draft.biases, **biases},
+    )
+    if fold.bias is not None and not fold.slots:  # its bias / gain stays
+        return draft
+    readers = {norm.module: fold.readers for norm in norms}
+    if request.format == "stock":
+        return replace(draft, folded={**draft.folded, **readers})
+    gone = {fold.gain} if fold.bias is None else {fold.gain, fold.bias}
+    return replace(
+        draft,
+        omitted=draft.omitted | gone,
+        norms={**draft.norms, **{norm.module: _weightless(draft, norm, fold) for norm in norms}},
+        folded={**draft.folded, **readers},
+    )
+
+
+def _weightless(draft: Draft, norm: Norm, fold: _Fold) -> NormModule:
+    """The module that does what `norm` did before its gain and bias."""
+    known = draft.norms.get(norm.module)
+    if known is not None:
+        return replace(known, gain=False, bias=False, offset=0.0)
+    kind: NormClass = "rmsnorm" if norm.kind == "rmsnorm" else "layernorm"
+    return NormModule(module=norm.module, kind=kind, size=fold.size, eps=norm.eps)
+
+
+def _edits(draft: Draft, fold: _Fold) -> dict[str, Expression]:
     """The new expression of each tensor that the fold touches."""
+    current = draft.expressions
     gain = current[fold.gain]
     if fold.offset:
         gain = Plus(gain, fold.offset)
@@ -147,9 +179,10 @@ def _edits(current: Mapping[str, Expression], fold: _Fold) -> dict[str, Expressi
     if fold.bias is not None:
         edits[fold.bias] = Fill(0.0) if fold.slots else Divide(current[fold.bias], gain)
     for tensor, reader in fold.readers.readers.items():
-        matrix = current[fold.readers.copies.get(tensor, tensor)]
+        matrix = current.get(tensor) or current[fold.readers.copies[tensor]]
         edits[tensor] = Scale(matrix, reader.axis, spread(gain, reader.index, fold.size))
         if fold.bias is not None and fold.slots:
             slot = fold.slots[tensor]
-            edits[slot] = AddProduct(current[slot], matrix, reader.axis, current[fold.bias])
+            bias = current.get(slot, Fill(0.0))
+            edits[slot] = AddProduct(bias, matrix, reader.axis, current[fold.bias])
     return edits

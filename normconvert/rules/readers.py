@@ -8,52 +8,22 @@ other use of those tensors must be among the same products.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 from normconvert.ir.graph import Graph, Norm, Tie
 from normconvert.rules.axes import Track
+from normconvert.rules.draft import Obstacle, Reader, Readers
 from normconvert.rules.scaling import Contraction, Ends, Origins, Part, follow, same
 
 _NONE, _UNREAD = -1, -2
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """A tensor that the norm's output is multiplied with.
-
-    Slice i of its `axis` is to be multiplied by the gain's element ``index[i]``, -1 for none.
-    """
-
-    axis: int
-    index: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Readers:
-    """All readers of a norm by the name of the tensor, and the products in which they read it.
-
-    `copies` maps the name of a new tensor to the tied tensor that it is a copy of.
-    """
-
-    readers: Mapping[str, Reader]
-    contractions: tuple[Contraction, ...]
-    copies: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Obstacle:
-    """Why a gain cannot move: one sentence, and the readers found nevertheless."""
-
-    reason: str
-    readers: tuple[str, ...] = ()
 
 
 def outputs_of(graph: Graph, norms: tuple[Norm, ...]) -> dict[int, Track]:
     """The outputs of all calls of `norms`, tracked along their features."""
     seeds: dict[int, Track] = {}
     for norm in norms:
-        for value in graph.norm_outputs[norm.module]:
+        for node in graph.norm_calls[norm.module]:
+            (value,) = node.outputs
             shape = graph.values[value].shape
             assert isinstance(shape[-1], int)
             seeds[value] = Track(len(shape) - 1, range(shape[-1]))

@@ -62,12 +62,12 @@ class Part:
     plain: bool
 
 
-_INDEPENDENT = frozenset({
+INDEPENDENT = frozenset({
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "empty_like",
     "full_like",
 })  # fmt: skip
 _SUMS = frozenset({"sum", "mean", "cumsum"})
-_PRODUCTS: Mapping[str, tuple[str, str]] = {
+PRODUCTS: Mapping[str, tuple[str, str]] = {
     "mm": ("self", "mat2"),
     "bmm": ("self", "mat2"),
     "addmm": ("mat1", "mat2"),
@@ -141,9 +141,9 @@ class _Step:
         """The tracks of the node's outputs; contractions and stops are noted on the way."""
         node = self.node
         scaled = [i for i, value in enumerate(node.inputs) if value in self.tracks]
-        if node.op in _INDEPENDENT:
+        if node.op in INDEPENDENT:
             return {}
-        if node.op in _PRODUCTS:
+        if node.op in PRODUCTS:
             return self._product(scaled)
         if node.op in ("cat", "stack"):
             return self._join(scaled)
@@ -255,7 +255,7 @@ class _Step:
 
     def _product(self, scaled: list[int]) -> dict[int, Track]:
         node = self.node
-        names = _PRODUCTS[node.op]
+        names = PRODUCTS[node.op]
         operands = [_ref(node, name) for name in names]
         inputs = node.inputs
         if any(inputs[i] not in operands for i in scaled):
@@ -358,7 +358,7 @@ class Origins:
         for track in part.tracks:
             seed = {node.inputs[operand]: track} if track is not None else {}
             carried: Mapping[int, Track] = {}
-            if seed and node.op not in _PRODUCTS:
+            if seed and node.op not in PRODUCTS:
                 carried = _Step(graph, producer, seed, parts=True, rearrange_only=True).run()
                 plain = plain or bool(carried)
                 carried = (

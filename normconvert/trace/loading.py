@@ -27,7 +27,7 @@ from normconvert.source import Checkpoint
 from normconvert.torch_dtypes import TORCH_DTYPE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -93,6 +93,7 @@ def _tie(model: PreTrainedModel, missing: set[str], mapping: list[Any]) -> tuple
 
     transformers would make them one object, and the graph could not tell who reads which.
     """
+    name_on_disk = _namer(model, mapping)
     groups: dict[str, list[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, [source]).append(target)
@@ -111,7 +112,7 @@ def _tie(model: PreTrainedModel, missing: set[str], mapping: list[Any]) -> tuple
                 Tie(
                     parameter=name,
                     source=kept,
-                    tensor=_name_on_disk(model, name, mapping),
+                    tensor=name_on_disk(name),
                     stored=name not in missing,
                 )
             )
@@ -123,16 +124,41 @@ def _set(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
     setattr(model.get_submodule(path), attribute, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-def _name_on_disk(model: PreTrainedModel, parameter: str, mapping: list[Any]) -> str | None:
-    """The parameter's own name, if a tensor stored under it would be loaded into it."""
+def _namer(
+    model: PreTrainedModel, mapping: list[Any], more: tuple[str, ...] = ()
+) -> Callable[[str], str | None]:
+    """A function from a parameter to its own name, if a tensor stored under it is loaded into it.
+
+    `more` are parameters that the model does not have, but could.
+    """
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    expected = dict.fromkeys(name for name, _ in model.named_parameters(remove_duplicate=False))
-    meta: dict[str, bool] = dict.fromkeys(expected, True)
-    renamed, converter = rename_source_key(
-        parameter, renamings, converters, model.base_model_prefix, meta
+    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    expected: dict[str, bool] = dict.fromkeys((*names, *more), True)
+
+    def name_on_disk(parameter: str) -> str | None:
+        renamed, converter = rename_source_key(
+            parameter, renamings, converters, model.base_model_prefix, expected
+        )
+        return parameter if renamed == parameter and converter is None else None
+
+    return name_on_disk
+
+
+def open_biases(model: PreTrainedModel) -> tuple[tuple[str, str], ...]:
+    """The weight of every Linear without a bias, and the name that its bias would have.
+
+    Only where a tensor stored under that name would be loaded into it.
+    """
+    biases = {
+        f"{path}.weight": f"{path}.bias"
+        for path, module in model.named_modules()
+        if type(module) is torch.nn.Linear and module.bias is None
+    }
+    name_on_disk = _namer(model, get_model_conversion_mapping(model), tuple(biases.values()))
+    return tuple(
+        (weight, bias) for weight, bias in biases.items() if name_on_disk(bias) is not None
     )
-    return parameter if renamed == parameter and converter is None else None
 
 
 @contextmanager

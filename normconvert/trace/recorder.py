@@ -63,6 +63,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._add("alias_of_unknown_layout", (("self", Ref(base)),), [tensor])
         return self._value_of[id(tensor)]
 
+    def known(self, argument: object) -> int | None:
+        """The value of `argument` if it is a tensor that has one."""
+        return self._value_of.get(id(argument)) if isinstance(argument, torch.Tensor) else None
+
     def new_value(self, tensor: torch.Tensor) -> int:
         """Give `tensor` a new value."""
         if id(tensor) not in self._value_of:

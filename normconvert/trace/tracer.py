@@ -11,10 +11,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from normconvert.errors import TraceError, first_line
-from normconvert.ir.graph import Graph, Norm
-from normconvert.model_class import resolve
+from normconvert.ir.graph import Call, Graph, Norm
+from normconvert.model_class import auto_classes, resolve
 from normconvert.quiet import quiet
-from normconvert.trace.loading import build, load
+from normconvert.trace.loading import build, load, open_biases
 from normconvert.trace.recognise import Formula, recognise
 from normconvert.trace.recorder import Recorder
 
@@ -68,6 +68,7 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
         )
     return Graph(
         model=model_class.__name__,
+        auto_classes=auto_classes(model_class, config),
         values=tuple(recorder.values),
         nodes=tuple(recorder.nodes),
         leaves=leaves,
@@ -75,6 +76,8 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
         norms=tuple(calls.norms.values()),
         ties=ties,
         outputs=outputs,
+        calls=tuple(calls.calls),
+        open_biases=open_biases(model),
     )
 
 
@@ -99,12 +102,13 @@ class _NormCalls:
 
     def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
         self.norms: dict[str, Norm] = {}
+        self.calls: list[Call] = []
         self._recorder = recorder
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._model = model
         self._formula: Formula | None = None
         self._probed: dict[object, Formula | None] = {}
-        self._outer: list[str] = []
+        self._outer: list[tuple[str, tuple[tuple[int | str, int], ...]]] = []
         self._probing = False
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -123,7 +127,9 @@ class _NormCalls:
     def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self._recorder.paused:
             return
-        self._outer.append(self._recorder.module)
+        self._outer.append(
+            (self._recorder.module, self._known([*enumerate(args), *kwargs.items()]))
+        )
         self._recorder.module = self._paths[id(module)]
         self._formula = self._probe(module, [*args, *kwargs.values()])
         self._recorder.paused = self._formula is not None
@@ -135,7 +141,14 @@ class _NormCalls:
                 return
             self._recorder.paused = False
             self._add_norm(path, module, _tensors([*args, *kwargs.values()])[0], output)
-        self._recorder.module = self._outer.pop()
+        self._recorder.module, inputs = self._outer.pop()
+        known = self._known([(0, output)])
+        self.calls.append(Call(module=path, inputs=inputs, output=known[0][1] if known else None))
+
+    def _known(self, arguments: list[tuple[int | str, Any]]) -> tuple[tuple[int | str, int], ...]:
+        """The values of those arguments that are tensors which the graph knows."""
+        known = ((key, self._recorder.known(argument)) for key, argument in arguments)
+        return tuple((key, value) for key, value in known if value is not None)
 
     def _probe(self, module: torch.nn.Module, arguments: list[Any]) -> Formula | None:
         """The formula of this call: with a gate or a flag, it may be another one."""

@@ -1,0 +1,482 @@
+"""The norms of a converted model. This file travels with it: it needs torch, not normconvert.
+
+Shapes: d is the hidden size, x is [..., d], or [..., d - 1] where it is compressed.
+
+RMSNorm and pRMSNorm are of arXiv 1910.07467, recentering, compression and CRMSNorm of
+arXiv 2305.14858, the deferred 1/RMS of arXiv 2407.09577.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+# Measured on torch 2.13, x86 with AVX2: from here on the set-up of the faster kernel pays.
+_FEW_ROWS = 12
+_MANY_NUMBERS = 2**18
+
+
+def recenter(x: torch.Tensor) -> torch.Tensor:
+    """x - mean(x) over the last axis, [..., d] → [..., d] (arXiv 2305.14858, section 3.1)."""
+    wide = _wide(x)
+    return (wide - wide.mean(-1, keepdim=True)).to(x.dtype)
+
+
+def compress(x: torch.Tensor) -> torch.Tensor:
+    """The first d - 1 coordinates of `recenter(x)`, [..., d] → [..., d - 1] (2305.14858)."""
+    wide = _wide(x)
+    return (wide[..., :-1] - wide.mean(-1, keepdim=True)).to(x.dtype)
+
+
+def expand(x: torch.Tensor) -> torch.Tensor:
+    """The zero-mean vector that x is the compressed form of, [..., d - 1] → [..., d].
+
+    The last coordinate is minus the sum of the others (arXiv 2305.14858).
+    """
+    return torch.cat((x, -_wide(x).sum(-1, keepdim=True).to(x.dtype)), dim=-1)
+
+
+class Recenter(nn.Module):
+    """`recenter` as a module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return recenter(x)
+
+
+class Compress(nn.Module):
+    """`compress` as a module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return compress(x)
+
+
+class _Norm(nn.Module):
+    """What the norms share: y · (offset + weight) + bias, [..., size], each part optional."""
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        gain: bool = True,
+        bias: bool = False,
+        offset: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.eps, self.offset = size, eps, offset
+        # A plain None is found at once; a parameter that is None only after a search, which
+        # on one row takes as long as a tenth of the norm.
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if gain:
+            self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity: an effective gain of 1, a bias of 0."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1 - self.offset)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _gain_and_bias(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Both at least float32: 1 + w would lose most of a small w in half precision."""
+        gain = None if self.weight is None else _wide(self.weight)
+        if gain is not None and self.offset:
+            gain = gain + self.offset
+        return gain, None if self.bias is None else _wide(self.bias)
+
+    def _scaled(self, x: torch.Tensor, wide: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        """x · inverse · gain + bias, where `wide` is x in float32, in the dtype of x."""
+        gain, bias = self._gain_and_bias()
+        if gain is None and bias is None:
+            return _scale_rows(x, wide, inverse)
+        y = wide * inverse
+        if gain is not None:
+            y = y * gain
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """torch's LayerNorm, which is RMSNorm where x [..., size] has mean zero."""
+        gain: torch.Tensor | None = self.weight
+        bias: torch.Tensor | None = self.bias
+        if self.offset or gain is None or gain.dtype is not x.dtype:
+            gain, bias = self._gain_and_bias()
+        if gain is None and x.dtype is torch.float32 and x.numel() > _FEW_ROWS * self.size:
+            gain = x.new_ones(self.size)  # without one the float32 kernel is not vectorized
+        return torch.layer_norm(x, (self.size,), gain, bias, self.eps)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.size}, eps={self.eps}"]
+        parts += ["gain=False"] if self.weight is None else []
+        parts += ["bias=True"] if self.bias is not None else []
+        parts += [f"offset={self.offset}"] if self.offset else []
+        return ", ".join(parts)
+
+
+class RMSNorm(_Norm):
+    """x / sqrt(mean(x²) + eps) · (offset + weight) + bias, [..., d] → [..., d].
+
+    arXiv 1910.07467, equation 4. Half precision is widened to float32 and rounded once, at the
+    end. `zero_mean` promises that x has mean zero over the last axis, as the stream of a
+    Pre-RMSNorm model has (arXiv 2305.14858): there torch's LayerNorm computes the same.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        gain: bool = True,
+        bias: bool = False,
+        offset: float = 0.0,
+        zero_mean: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(size, eps, gain=gain, bias=bias, offset=offset, device=device, dtype=dtype)
+        self.zero_mean = zero_mean
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.zero_mean and _has_fast_layer_norm(x):
+            return self._layer_norm(x)
+        wide = _wide(x)
+        return self._scaled(x, wide, _inverse_rms(wide, self.eps))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", zero_mean=True" if self.zero_mean else "")
+
+
+class PartialRMSNorm(_Norm):
+    """RMSNorm whose RMS is that of the first ceil(d · fraction) coordinates, [..., d] → [..., d].
+
+    pRMSNorm of arXiv 1910.07467, section 4.1: an approximation of RMSNorm, not a rewriting of it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        fraction: float,
+        *,
+        gain: bool = True,
+        bias: bool = False,
+        offset: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must be above 0 and at most 1, not {fraction}")
+        super().__init__(size, eps, gain=gain, bias=bias, offset=offset, device=device, dtype=dtype)
+        self.fraction = fraction
+        # Rounded first: 100 · 0.07 is a little above 7 in floating point.
+        self.used = math.ceil(round(size * fraction, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = _wide(x)
+        return self._scaled(x, wide, _inverse_rms(wide[..., : self.used], self.eps))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, fraction={self.fraction}"
+
+
+class CRMSNorm(_Norm):
+    """x / sqrt((Σx² + (Σx)²) / d + eps), [..., d - 1] → [..., d - 1] (arXiv 2305.14858).
+
+    It is RMSNorm of `expand(x)`, compressed. `size` is d, the hidden size before compression.
+    With `expand` the output is [..., d], its last coordinate minus the sum of the others, and
+    gain and bias, of length d, apply to that. Without, they must have been folded before.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        gain: bool = False,
+        bias: bool = False,
+        offset: float = 0.0,
+        expand: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if (gain or bias) and not expand:
+            raise ValueError("a compressed output has no gain or bias; fold them or expand")
+        super().__init__(size, eps, gain=gain, bias=bias, offset=offset, device=device, dtype=dtype)
+        self.expand = expand
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = _wide(x)
+        if self.expand:
+            # Not the sum rounded to half precision: every coordinate would feel the error.
+            full = expand(wide)
+            if _has_fast_layer_norm(full):
+                return self._layer_norm(full).to(x.dtype)
+            return self._scaled(full, full, _inverse_rms(full, self.eps)).to(x.dtype)
+        return self._scaled(x, wide, self._inverse(wide))
+
+    def _inverse(self, wide: torch.Tensor) -> torch.Tensor:
+        """1 / sqrt((Σx² + (Σx)²) / d + eps), [..., d - 1] → [..., 1]."""
+        total = wide.sum(-1, keepdim=True)
+        squares = _mean_square(wide, self.size, self.eps)
+        return torch.addcmul(squares, total, total, value=1 / self.size).rsqrt()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", expand=True" if self.expand else "")
+
+
+class DeferredRMSNormLinear(nn.Module):
+    """(W x) / sqrt(mean(x²) + eps) + c, [..., d] → [..., out], for a linear y = W x + c.
+
+    FlashNorm's deferred 1/RMS (arXiv 2407.09577): a weightless RMSNorm before the linear, moved
+    behind its product. In float16, W x can overflow where W · RMSNorm(x) does not.
+    """
+
+    def __init__(self, linear: nn.Linear, eps: float) -> None:
+        super().__init__()
+        self.linear, self.eps = linear, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = F.linear(x, self.linear.weight)
+        wide, inverse = _wide(product), _inverse_rms(_wide(x), self.eps)
+        if self.linear.bias is None:
+            return _scale_rows(product, wide, inverse)
+        return (wide * inverse + self.linear.bias).to(product.dtype)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 if it is in half precision, otherwise as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x²) + eps) over the last axis, [..., n] → [..., 1]."""
+    return _mean_square(x, x.shape[-1], eps).rsqrt()
+
+
+def _mean_square(x: torch.Tensor, size: int, eps: float) -> torch.Tensor:
+    """Σx² / size + eps over the last axis, [..., n] → [..., 1].
+
+    The norm squared again costs one number per row and saves the tensor x². On one row, as in
+    decoding, the time goes into starting operations: addcmul does three in one.
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(x.new_full((), eps), norm, norm, value=1 / size)
+
+
+def _has_fast_layer_norm(x: torch.Tensor) -> bool:
+    """Whether torch's LayerNorm may stand in for RMSNorm where the mean is zero.
+
+    On the CPU it is one pass, RMSNorm is several. Never in float64, in which conversions are
+    proven: a proof must see a real RMSNorm.
+    """
+    return x.is_cpu and x.dtype is not torch.float64
+
+
+def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """x · factor, [..., n] times [..., 1], rounded once; `wide` is x in float32 at least.
+
+    In half precision the plain way makes a float32 tensor and rounds it, which for a long input
+    takes most of the time. BatchNorm, with rows for channels, can do it in one pass.
+    """
+    if wide is x:
+        return wide * factor
+    if not x.is_cpu or x.numel() < _MANY_NUMBERS or torch.compiler.is_compiling():
+        return (wide * factor).to(x.dtype)
+    gain = factor.flatten()  # [rows], float32
+    channels = x.reshape(1, gain.numel(), x.shape[-1])
+    zero, one = torch.zeros_like(gain), torch.ones_like(gain)
+    return F.batch_norm(channels, zero, one, weight=gain, eps=0.0).view(x.shape)
+
+
+# Converted models. The part above is the norms; this part puts them into a stock model.
+
+MODEL_TYPE = "normconvert"
+PREFIX = "Normconvert"
+
+_SIZES = (  # the attributes in which layers remember the shape of their weight
+    (nn.Linear, ("out_features", "in_features")),
+    (nn.Embedding, ("num_embeddings", "embedding_dim")),
+    (Conv1D, ("nx", "nf")),
+    (nn.modules.conv._ConvNd, ("out_channels",)),
+)
+
+
+class NormconvertConfig(PreTrainedConfig):  # type: ignore[misc]
+    """config.json of a converted checkpoint: that of its stock model, and what was changed.
+
+    On disk its model_type is ``normconvert``, so that whatever does not know it refuses to load
+    the weights. In memory it is a configuration of the stock type with the attribute
+    `normconvert`, so that whatever goes by the type (names on disk, masks, tokenizers) still works.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration, with its model class registered for the Auto classes."""
+        changes = config_dict[MODEL_TYPE]
+        config_class = _config_class(CONFIG_MAPPING[changes["model_type"]])
+        found = config_class.from_dict(config_dict, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        for name in changes["auto_classes"]:
+            getattr(transformers, name).register(config_class, model_class(config), exist_ok=True)
+        return found
+
+
+class _ConvertedConfig:
+    """What a converted configuration does other than its stock class."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        names = config_dict.get("architectures") or []
+        stock = {
+            "architectures": [name.removeprefix(PREFIX) for name in names],
+            "model_type": config_dict[MODEL_TYPE]["model_type"],
+        }
+        return super().from_dict({**config_dict, **stock}, **kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        names = [PREFIX + name for name in found.get("architectures") or []]
+        return {**found, "architectures": names, "model_type": MODEL_TYPE}
+
+
+class _ConvertedModel:
+    """What a converted model does other than its stock class."""
+
+    config: Any
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: what transformers does with the stock class's weights, it must do with these."""
+        return False
+
+    def post_init(self) -> None:
+        _change(cast("nn.Module", self), self.config.normconvert)
+        super().post_init()  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the model, and this file with it."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        shutil.copyfile(__file__, Path(save_directory, f"modeling_{MODEL_TYPE}.py"))
+
+
+@cache
+def _config_class(stock: type[Any]) -> type[Any]:
+    name = PREFIX + stock.__name__
+    return type(name, (_ConvertedConfig, stock), {"__module__": __name__})
+
+
+@cache
+def _model_class(stock: type[Any], config_class: type[Any]) -> type[Any]:
+    """Named as the stock class, because transformers knows some conversions by that name."""
+    attributes = {"__module__": __name__, "config_class": config_class}
+    return type(stock.__name__, (_ConvertedModel, stock), attributes)
+
+
+def model_class(config: Any) -> type[Any]:
+    """The class of the model that `config`, of a converted checkpoint, describes."""
+    stock: type[Any] = getattr(transformers, config.architectures[0])
+    return _model_class(stock, type(config))  # type: ignore[arg-type]
+
+
+def _change(model: nn.Module, changes: dict[str, Any]) -> None:
+    """Put the norms in, resize the weights, add the biases and the recenterings."""
+    for spec in changes["norms"]:
+        norm = _norm(**spec)
+        model.set_submodule(spec["module"], norm)
+        if isinstance(norm, _LateCRMSNorm):
+            path, _, at = spec["reader"].partition(" ")
+            _alter(model.get_submodule(path), at, norm.late)
+    for name, shape in changes["shapes"].items():
+        _resize(model, name, shape)
+    for name in changes["biases"]:
+        path, _, attribute = name.rpartition(".")
+        linear = model.get_submodule(path)
+        weight = cast("torch.Tensor", linear.weight)
+        setattr(linear, attribute, nn.Parameter(weight.new_zeros(weight.shape[0])))
+    for each in changes["recenterings"]:
+        change = compress if each.get("compress") else recenter
+        _alter(model.get_submodule(each["module"]), each["at"], change)
+
+
+class _LateCRMSNorm(CRMSNorm):
+    """A CRMSNorm whose output is expanded, and gets gain and bias, where it is read."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = _wide(x)
+        return _scale_rows(x, wide, self._inverse(wide))
+
+    def late(self, x: torch.Tensor) -> torch.Tensor:
+        """The full output, [..., d - 1] → [..., d]."""
+        full = expand(_wide(x))
+        return self._scaled(full, full, torch.ones_like(full[..., :1])).to(x.dtype)
+
+
+def _norm(
+    module: str,
+    kind: str,
+    size: int,
+    eps: float,
+    fraction: float = 1.0,
+    reader: str = "",
+    **options: Any,
+) -> nn.Module:
+    if kind == "rmsnorm":
+        return RMSNorm(size, eps, **{"gain": False, **options})
+    if kind == "crmsnorm":
+        return (_LateCRMSNorm if reader else CRMSNorm)(size, eps, **options)
+    if kind == "prmsnorm":
+        return PartialRMSNorm(size, eps, fraction, **{"gain": False, **options})
+    if kind == "layernorm" and not options:
+        return nn.LayerNorm(size, eps, elementwise_affine=False)
+    raise ValueError(f"{module} is to be a {kind!r}, which this file does not know")
+
+
+def _resize(model: nn.Module, name: str, shape: list[int]) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    before = getattr(module, attribute)
+    setattr(module, attribute, nn.Parameter(before.new_empty(shape), before.requires_grad))
+    module._is_hf_initialized = False  # type: ignore[assignment]
+    if attribute == "weight":
+        for kind, sizes in _SIZES:
+            if isinstance(module, kind):
+                for size, value in zip(sizes, shape, strict=False):
+                    setattr(module, size, value)
+
+
+def _alter(module: nn.Module, at: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Change the `output` of a module, or its `input KEY`."""
+    if at == "output":
+        module.register_forward_hook(lambda _, inputs, output: change(output))
+        return
+    key = at.removeprefix("input ")
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if key in kwargs:
+            return args, {**kwargs, key: change(kwargs[key])}
+        place = int(key)
+        return (*args[:place], change(args[place]), *args[place + 1 :]), kwargs
+
+    module.register_forward_pre_hook(before, with_kwargs=True)

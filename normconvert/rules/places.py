@@ -1,0 +1,64 @@
+"""Places: the values of a graph that can be changed by putting something at a module's boundary."""
+
+from __future__ import annotations
+
+from normconvert.ir.graph import Graph
+from normconvert.ir.native import Recentering
+from normconvert.rules.shift import Shift, Shifts
+
+
+def places(graph: Graph) -> dict[int, Recentering]:
+    """The values that a module alone makes, or that one alone reads, and where to change them.
+
+    A norm is no place to recenter in front of: that would be a LayerNorm in two steps.
+    """
+    norms = graph.norms_by_module
+    times: dict[str, int] = {}
+    for call in graph.calls:
+        times[call.module] = times.get(call.module, 0) + 1
+    found: dict[int, Recentering] = {}
+    for call in graph.calls:
+        if times[call.module] > 1 or not call.module:
+            continue
+        for key, value in call.inputs:
+            if call.module not in norms and _all_within(graph, call.module, value):
+                found.setdefault(value, Recentering(module=call.module, at=f"input {key}"))
+        value = -1 if call.output is None else call.output
+        producer = graph.producers.get(value)
+        inside = producer is not None and _within(call.module, graph.nodes[producer].module)
+        if inside and not _any_within(graph, call.module, value):
+            found.setdefault(value, Recentering(module=call.module, at="output"))
+    return found
+
+
+def _within(module: str, path: str) -> bool:
+    return path == module or path.startswith(module + ".")
+
+
+def _all_within(graph: Graph, module: str, value: int) -> bool:
+    readers = graph.consumers.get(value, ())
+    return bool(readers) and all(_within(module, graph.nodes[i].module) for i in readers)
+
+
+def _any_within(graph: Graph, module: str, value: int) -> bool:
+    return any(_within(module, graph.nodes[i].module) for i in graph.consumers.get(value, ()))
+
+
+def place_behind(graph: Graph, shifts: Shifts, value: int) -> Recentering | None:
+    """In front of which module `value` arrives, with all its features, and nowhere else."""
+    known = places(graph)
+    shift = Shift(len(graph.values[value].shape) - 1)
+    found = None
+    while True:
+        place = known.get(value)
+        if place is not None and place.at != "output":
+            found = place
+        readers = graph.consumers.get(value, ())
+        if len(readers) != 1 or graph.nodes[readers[0]].inputs != (value,):
+            return found
+        moved = shifts.through(readers[0], 0, shift)
+        if moved is None or len(moved) != 1:
+            return found
+        value, shift = next(iter(moved.items()))
+        if shift.axis != len(graph.values[value].shape) - 1:
+            return found

@@ -1,0 +1,97 @@
+"""Settle: the final plan, after a look at the few values that decide what is worth doing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from normconvert.errors import PlanError
+from normconvert.ir.native import native_of
+from normconvert.planner import REWRITES, make_plan
+from normconvert.rewrite import IDENTITY, examine, rules_in_manifest
+
+if TYPE_CHECKING:
+    from normconvert.ir.graph import Graph
+    from normconvert.ir.plan import Dtype, Format, Plan, Tied
+    from normconvert.source import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the user asked for."""
+
+    rewrites: tuple[str, ...]
+    format: Format
+    tied: Tied
+    dtype: Dtype
+    fraction: float
+
+
+def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan, bool]:
+    """The plan, and whether there is nothing left to do.
+
+    Raises:
+        PlanError: nothing that was asked for can be done.
+    """
+    _require_possible(checkpoint, request)
+    asked = {rule for rewrite in request.rewrites for rule in REWRITES[rewrite]}
+    before = native_of(checkpoint.config)
+    done = set(rules_in_manifest(checkpoint) if before is None else before.rules)
+    rules = tuple(asked - (done - {"flashnorm"} if before is None else done))
+    plan_with = partial(
+        make_plan,
+        graph,
+        checkpoint,
+        rules,
+        format=request.format,
+        tied=request.tied,
+        dtype=request.dtype,
+        fraction=request.fraction,
+    )
+    plan = plan_with(keep=examine(plan_with(), checkpoint))
+    already = bool(asked & done) or any(v.reason == IDENTITY for v in plan.verdicts)
+    if _does_what_was_asked(plan, request) or (already and plan.edits):
+        return plan, False
+    if already:
+        return plan, True
+    raise PlanError(
+        f"No norm of {checkpoint.model} can be {_DONE[request.rewrites[-1]]}: "
+        f"{_why_not(plan, request.rewrites[-1])}"
+    )
+
+
+_DONE = {
+    "flashnorm": "folded",
+    "rmsnorm": "made an RMSNorm",
+    "crmsnorm": "made a CRMSNorm",
+    "prmsnorm": "made a pRMSNorm",
+}
+
+
+def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
+    if not 0 < request.fraction <= 1:
+        raise PlanError(f"The fraction {request.fraction:g} is not between 0 and 1.")
+    native = native_of(checkpoint.config) is not None
+    if request.format == "native":
+        if "auto_map" in checkpoint.config and not native:
+            raise PlanError(
+                f"{checkpoint.model} brings its own model code, which the native format cannot "
+                "build upon; give --format stock."
+            )
+        return
+    if native:
+        raise PlanError(f"{checkpoint.model} is in the native format; give --format native.")
+    for rewrite in {"crmsnorm", "prmsnorm"} & set(request.rewrites):
+        raise PlanError(f"No stock model has the norms of {rewrite}; give --format native.")
+
+
+def _does_what_was_asked(plan: Plan, request: Request) -> bool:
+    return any(plan.changed(rewrite) for rewrite in request.rewrites)
+
+
+def _why_not(plan: Plan, rewrite: str) -> str:
+    kept = plan.kept(rewrite)
+    if not kept:
+        return f"{plan.model} has none that is known."
+    return f"{kept[0].norm} is kept because {kept[0].reason} (of {len(kept)} norms)."
