@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from normconvert.errors import PlanError
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Conversion, Equivalence, Inspection
 from normconvert.source import Checkpoint, open_checkpoint
@@ -94,8 +92,6 @@ def convert(
     checkpoint, graph = _open(model, revision, trust_remote_code, listen)
     plan, unchanged = settle(graph, checkpoint, request)
     inspection = _inspection(graph, checkpoint, plan)
-    if plan.native is not None and not unchanged:
-        _require_running(plan, checkpoint, graph)
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
@@ -161,26 +157,6 @@ def _open(
     graph = trace(checkpoint, trust_remote_code=trust_remote_code)
     listen(Event("tracing", 1, 1))
     return checkpoint, graph
-
-
-def _require_running(plan: Plan, checkpoint: Checkpoint, graph: Graph) -> None:
-    """Trace the model that the plan describes, on fake tensors: code may know its sizes by heart.
-
-    Raises:
-        PlanError: it does not run.
-    """
-    from normconvert.errors import TraceError
-    from normconvert.rewrite import preview
-    from normconvert.trace import trace
-
-    with TemporaryDirectory() as folder:
-        try:
-            trace(preview(plan, checkpoint, Path(folder)))
-        except TraceError as error:
-            raise PlanError(
-                f"{graph.model} does not run when it is changed so ({error}) "
-                f"Use another rewrite than {plan.rules[-1]}, or --format stock."
-            ) from error
 
 
 def _verify(

@@ -20,9 +20,16 @@ class SourceError(NormconvertError):
 
 
 class TraceError(NormconvertError):
-    """The model's forward pass could not be traced, or does not fit the checkpoint."""
+    """The model's forward pass could not be traced, or does not fit the checkpoint.
+
+    `module` is the path of the module that was running, if any was.
+    """
 
     code = "trace"
+
+    def __init__(self, message: str, *, module: str = "") -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class PlanError(NormconvertError):

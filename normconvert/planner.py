@@ -49,18 +49,22 @@ def make_plan(
     tied: Tied = "keep",
     dtype: Dtype = "keep",
     fraction: float = 1.0,
+    full_width: frozenset[str] = frozenset(),
     keep: Mapping[str, str] | None = None,
 ) -> Plan:
     """What `rules` do to `checkpoint`, whose model is `graph`.
 
-    `fraction` is the share of the coordinates that a pRMSNorm looks at. `keep` maps norms whose
-    gain must stay to the reason. Reads no weights.
+    `fraction` is the share of the coordinates that a pRMSNorm looks at. `full_width` are modules
+    (with * for numbers) that only run on all coordinates; `keep` maps norms whose gain must stay
+    to the reason. Reads no weights.
 
     Raises:
         PlanError: a tensor that would change is not stored as floating point.
     """
     native = format == "native"
-    request = Request(format=format, tied=tied, fraction=fraction, keep=keep or {})
+    request = Request(
+        format=format, tied=tied, fraction=fraction, full_width=full_width, keep=keep or {}
+    )
     origins = Origins(graph)
     draft = Draft(expressions={name: Tensor(name) for name in checkpoint.tensors})
     rules = tuple(name for name in RULES if name in rules)
@@ -169,6 +173,7 @@ def _native(graph: Graph, origins: Origins, draft: Draft, rules: tuple[str, ...]
         auto_classes=graph.auto_classes,
         norms=tuple(draft.norms.values()),
         recenterings=draft.recenterings,
+        full_width=draft.full_width,
         shapes=tuple(shapes.items()),
         biases=tuple(draft.biases),
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from normconvert.errors import PlanError
-from normconvert.ir.native import native_of
+from normconvert.errors import PlanError, TraceError
+from normconvert.ir.native import native_of, starred
 from normconvert.planner import REWRITES, make_plan
-from normconvert.rewrite import IDENTITY, examine, rules_in_manifest
+from normconvert.rewrite import IDENTITY, examine, preview, rules_in_manifest
+from normconvert.trace import trace
 
 if TYPE_CHECKING:
     from normconvert.ir.graph import Graph
@@ -49,9 +53,12 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
         dtype=request.dtype,
         fraction=request.fraction,
     )
-    plan = plan_with(keep=examine(plan_with(), checkpoint))
+    keep = examine(plan_with(), checkpoint)
+    plan = plan_with(keep=keep)
     already = bool(asked & done) or any(v.reason == IDENTITY for v in plan.verdicts)
     if _does_what_was_asked(plan, request) or (already and plan.edits):
+        if plan.native is not None:
+            plan = _running(partial(plan_with, keep=keep), checkpoint)
         return plan, False
     if already:
         return plan, True
@@ -59,6 +66,40 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
         f"No norm of {checkpoint.model} can be {_DONE[request.rewrites[-1]]}: "
         f"{_why_not(plan, request.rewrites[-1])}"
     )
+
+
+def _running(plan_with: Callable[..., Plan], checkpoint: Checkpoint) -> Plan:
+    """A plan whose model runs: traced on fake tensors, because code may know its sizes by heart.
+
+    A module that fails on a compressed stream is kept at its full width.
+
+    Raises:
+        PlanError: it does not run for another reason.
+    """
+    full_width: frozenset[str] = frozenset()
+    while True:
+        plan = plan_with(full_width=full_width)
+        error = _failure(plan, checkpoint)
+        if error is None:
+            return plan
+        failed = starred(error.module)
+        if "crmsnorm" not in plan.rules or not failed or failed in full_width:
+            raise PlanError(
+                f"{plan.model} does not run when it is changed so ({error}) Use another rewrite "
+                f"than {plan.rules[-1]}, or --format stock."
+            ) from error
+        full_width |= {failed}
+
+
+def _failure(plan: Plan, checkpoint: Checkpoint) -> TraceError | None:
+    with TemporaryDirectory() as folder:
+        try:
+            graph = trace(preview(plan, checkpoint, Path(folder)))
+        except TraceError as error:
+            return error
+    assert plan.native is not None
+    unread = set(plan.native.biases) & set(graph.unread)
+    return TraceError(f"{min(unread)} is not read.") if unread else None
 
 
 _DONE = {
@@ -72,7 +113,14 @@ _DONE = {
 def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
     if not 0 < request.fraction <= 1:
         raise PlanError(f"The fraction {request.fraction:g} is not between 0 and 1.")
-    native = native_of(checkpoint.config) is not None
+    known = native_of(checkpoint.config)
+    native = known is not None
+    asked = {rule for rewrite in request.rewrites for rule in REWRITES[rewrite]}
+    if known is not None and {"rmsnorm", "crmsnorm"} & (asked - set(known.rules)):
+        raise PlanError(
+            f"{checkpoint.model} is converted already ({', '.join(known.rules)}); convert its "
+            "original, so that every weight is rounded once."
+        )
     if request.format == "native":
         if "auto_map" in checkpoint.config and not native:
             raise PlanError(

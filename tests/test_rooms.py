@@ -11,27 +11,29 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "normconvert"
 SHARED = {"errors", "ir", "source"}
+MODELS = {"model_class", "model_inputs", "precision", "quiet", "torch_dtypes"}
 ALLOWED = {
     "errors": set[str](),
     "ir": {"ir"},
     "source": {"errors", "ir", "source"},
     "rules": {"ir", "rules"},
     "planner": {*SHARED, "rules"},
-    "settle": {*SHARED, "planner", "rewrite"},
+    "settle": {*SHARED, "planner", "rewrite", "trace"},
     "recipe": {"errors", "ir", "api"},
     "registration": {"nn"},
     "nn": {"nn"},
-    "trace": {*SHARED, "trace", "model_class", "precision", "quiet", "torch_dtypes"},
+    "trace": {*SHARED, "trace", *MODELS},
     "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
-    "verify": {*SHARED, "verify", "model_class", "precision", "quiet", "torch_dtypes"},
+    "verify": {*SHARED, "verify", *MODELS},
     "model_class": {*SHARED, "nn"},
+    "model_inputs": SHARED,
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
     "cli": {*SHARED, "cli", "api", "recipe", "__init__"},
 }
-TORCH = {"nn", "trace", "rewrite", "verify", "precision", "torch_dtypes"}
-TRANSFORMERS = {"nn", "trace", "verify", "model_class", "quiet"}
+TORCH = {"nn", "trace", "rewrite", "verify", "model_inputs", "precision", "torch_dtypes"}
+TRANSFORMERS = {"nn", "trace", "verify", "model_class", "model_inputs", "quiet"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -161,6 +161,20 @@ class Graph:
                 found.setdefault(value, []).append(i)
         return {value: tuple(nodes) for value, nodes in found.items()}
 
+    @cached_property
+    def live_consumers(self) -> dict[int, tuple[int, ...]]:
+        """Value -> positions of the nodes that read it and that some output depends on."""
+        needed = {value for _, value in self.outputs}
+        found: dict[int, tuple[int, ...]] = {}
+        for i in reversed(range(len(self.nodes))):
+            node = self.nodes[i]
+            if needed.isdisjoint(node.outputs):
+                continue
+            needed.update(node.inputs)
+            for value in dict.fromkeys(node.inputs):
+                found[value] = (i, *found.get(value, ()))
+        return found
+
     @property
     def unread(self) -> tuple[str, ...]:
         """Tensors on disk that the model class does not know."""

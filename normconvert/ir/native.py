@@ -57,6 +57,18 @@ class Recentering:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FullWidth:
+    """`module` works on all coordinates of a compressed stream: its code knows their number.
+
+    What it reads, if it reads it compressed, is expanded (`at`: input KEY), what it returns is
+    compressed.
+    """
+
+    module: str
+    at: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Native:
     """See the module's docstring.
 
@@ -68,6 +80,7 @@ class Native:
     auto_classes: tuple[str, ...] = ()
     norms: tuple[NormModule, ...] = ()
     recenterings: tuple[Recentering, ...] = ()
+    full_width: tuple[FullWidth, ...] = ()
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     biases: tuple[str, ...] = ()
 
@@ -78,6 +91,7 @@ class Native:
             "auto_classes": list(self.auto_classes),
             "norms": [_sparse(norm) for norm in self.norms],
             "recenterings": [_sparse(recentering) for recentering in self.recenterings],
+            "full_width": [_sparse(each) for each in self.full_width],
             "shapes": {name: list(shape) for name, shape in self.shapes},
             "biases": list(self.biases),
         }
@@ -94,6 +108,7 @@ class Native:
             auto_classes=tuple(data["auto_classes"]),
             norms=tuple(NormModule(**norm) for norm in data["norms"]),
             recenterings=tuple(Recentering(**each) for each in data["recenterings"]),
+            full_width=tuple(FullWidth(**each) for each in data["full_width"]),
             shapes=tuple((name, tuple(shape)) for name, shape in data["shapes"].items()),
             biases=tuple(data["biases"]),
         )
@@ -124,6 +139,7 @@ def merged(before: Native | None, after: Native) -> Native:
         auto_classes=before.auto_classes,
         norms=tuple(norms.values()),
         recenterings=(*before.recenterings, *after.recenterings),
+        full_width=(*before.full_width, *after.full_width),
         shapes=tuple({**dict(before.shapes), **dict(after.shapes)}.items()),
         biases=tuple(dict.fromkeys((*before.biases, *after.biases))),
     )
@@ -143,6 +159,11 @@ def native_config(config: dict[str, Any], native: Native) -> dict[str, Any]:
     }
 
 
-def _sparse(value: NormModule | Recentering) -> dict[str, Any]:
+def starred(path: str) -> str:
+    """The path of a module with * for every number: the same for all layers."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
+def _sparse(value: NormModule | Recentering | FullWidth) -> dict[str, Any]:
     defaults = {field.name: field.default for field in fields(value)}
     return {name: each for name, each in asdict(value).items() if each != defaults[name]}

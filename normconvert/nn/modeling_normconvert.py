@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -287,9 +287,10 @@ def _has_fast_layer_norm(x: torch.Tensor) -> bool:
     """Whether torch's LayerNorm may stand in for RMSNorm where the mean is zero.
 
     On the CPU it is one pass, RMSNorm is several. Never in float64, in which conversions are
-    proven: a proof must see a real RMSNorm.
+    proven: a proof must see a real RMSNorm. Never with a gradient, from which LayerNorm would
+    take the mean: training must not depend on the device.
     """
-    return x.is_cpu and x.dtype is not torch.float64
+    return x.is_cpu and x.dtype is not torch.float64 and not x.requires_grad
 
 
 def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -372,7 +373,7 @@ class _ConvertedModel:
         return False
 
     def post_init(self) -> None:
-        _change(cast("nn.Module", self), self.config.normconvert)
+        change_modules(cast("nn.Module", self), self.config.normconvert)
         super().post_init()  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -400,7 +401,7 @@ def model_class(config: Any) -> type[Any]:
     return _model_class(stock, type(config))  # type: ignore[arg-type]
 
 
-def _change(model: nn.Module, changes: dict[str, Any]) -> None:
+def change_modules(model: nn.Module, changes: dict[str, Any]) -> None:
     """Put the norms in, resize the weights, add the biases and the recenterings."""
     for spec in changes["norms"]:
         norm = _norm(**spec)
@@ -415,6 +416,11 @@ def _change(model: nn.Module, changes: dict[str, Any]) -> None:
         linear = model.get_submodule(path)
         weight = cast("torch.Tensor", linear.weight)
         setattr(linear, attribute, nn.Parameter(weight.new_zeros(weight.shape[0])))
+    for each in changes["full_width"]:
+        module = model.get_submodule(each["module"])
+        if each.get("at"):
+            _alter(module, each["at"], expand)
+        _alter(module, "output", compress)
     for each in changes["recenterings"]:
         change = compress if each.get("compress") else recenter
         _alter(model.get_submodule(each["module"]), each["at"], change)
@@ -460,10 +466,15 @@ def _resize(model: nn.Module, name: str, shape: list[int]) -> None:
     setattr(module, attribute, nn.Parameter(before.new_empty(shape), before.requires_grad))
     module._is_hf_initialized = False  # type: ignore[assignment]
     if attribute == "weight":
-        for kind, sizes in _SIZES:
-            if isinstance(module, kind):
-                for size, value in zip(sizes, shape, strict=False):
-                    setattr(module, size, value)
+        set_sizes(module, shape)
+
+
+def set_sizes(module: nn.Module, shape: Sequence[int]) -> None:
+    """Tell a layer the shape of its weight, where it remembers that."""
+    for kind, sizes in _SIZES:
+        if isinstance(module, kind):
+            for size, value in zip(sizes, shape, strict=False):
+                setattr(module, size, value)
 
 
 def _alter(module: nn.Module, at: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

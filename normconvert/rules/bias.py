@@ -34,7 +34,7 @@ def find_slots(
         reader = named.get(pair[0], pair[0])
         if slots.setdefault(reader, pair[1]) != pair[1]:
             return None
-        additions.setdefault(pair[1], set()).add(contraction.node)
+        additions.setdefault(pair[1], set()).add(pair[2])
     whole = all(
         identity(Track(reader.axis, reader.index), len(reader.index))
         for reader in found.readers.values()
@@ -58,8 +58,11 @@ def _open_biases(graph: Graph, origins: Origins) -> Mapping[tuple[str, str], str
 
 def _linear(
     graph: Graph, origins: Origins, contraction: Contraction, new: Mapping[tuple[str, str], str]
-) -> tuple[str, str] | None:
-    """The weight and the bias of the product, if it is x Wᵀ (+ c) with W and c as stored."""
+) -> tuple[str, str, int] | None:
+    """The weight and the bias of the product, and the node that adds the bias.
+
+    None if it is not x Wᵀ (+ c) with W and c as stored.
+    """
     node = graph.nodes[contraction.node]
     weight = origins.of(contraction.other)
     if weight is None or len(weight) != 1 or not weight[0].plain:
@@ -69,18 +72,40 @@ def _linear(
     if not isinstance(rows, int) or len(row_tracks) != 1 or not identity(row_tracks[0], rows):
         return None
     tensor = weight[0].tensor
-    if node.op != "addmm":
-        bias = new.get((tensor, node.module)) if node.op in ("mm", "bmm") else None
-        return None if bias is None else (tensor, bias)
-    if node.argument("beta", 1) != 1 or node.argument("alpha", 1) != 1:
+    if node.op == "addmm":
+        plain = node.argument("beta", 1) == 1 and node.argument("alpha", 1) == 1
+        added, where = node.argument("self"), contraction.node
+    else:
+        if (bias := new.get((tensor, node.module))) is not None:
+            return tensor, bias, contraction.node
+        plain, (added, where) = True, _added_behind(graph, origins, node.outputs[0])
+    if not plain or not isinstance(added, Ref):
         return None
-    added = node.argument("self")
-    assert isinstance(added, Ref)
     constant = origins.of(added.value)
     if constant is None or len(constant) != 1 or not constant[0].plain:
         return None
     tracks = constant[0].tracks
-    return (tensor, constant[0].tensor) if len(tracks) == 1 and identity(tracks[0], rows) else None
+    in_order = len(tracks) == 1 and identity(tracks[0], rows)
+    return (tensor, constant[0].tensor, where) if in_order else None
+
+
+def _added_behind(graph: Graph, origins: Origins, product: int) -> tuple[Ref | None, int]:
+    """The vector that is added to a product once it has its shape, and the node that adds it."""
+    value = product
+    while True:
+        readers = graph.consumers.get(value, ())
+        if len(readers) != 1:
+            return None, -1
+        node = graph.nodes[readers[0]]
+        if node.op in ("view", "_unsafe_view") and (
+            graph.values[node.outputs[0]].shape[-1] == graph.values[product].shape[-1]
+        ):
+            value = node.outputs[0]
+            continue
+        other = [each for each in node.inputs if each != value]
+        if node.op != "add" or len(other) != 1 or node.argument("alpha", 1) != 1:
+            return None, -1
+        return (Ref(other[0]), readers[0]) if origins.vector(other[0]) else (None, -1)
 
 
 def _added_only_at(graph: Graph, slot: str, nodes: set[int]) -> bool:

@@ -8,15 +8,16 @@ last column from the others. A norm whose readers cannot do that gives back all 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from normconvert.ir.expression import DropLast, MinusLast
 from normconvert.ir.graph import Graph, Norm
-from normconvert.ir.native import NormModule
+from normconvert.ir.native import FullWidth, NormModule, Recentering, starred
 from normconvert.ir.plan import Verdict
 from normconvert.rules.axes import Track
 from normconvert.rules.draft import Draft, Obstacle, Reader, Readers, Request
-from normconvert.rules.places import place_behind
+from normconvert.rules.places import passed_on, place_behind
 from normconvert.rules.readers import find_readers
 from normconvert.rules.scaling import Origins, identity
 from normconvert.rules.shift import Shifts
@@ -30,6 +31,7 @@ def crmsnorm(graph: Graph, origins: Origins, draft: Draft, request: Request) -> 
     writers: dict[str, Writer] = {}
     readers: dict[str, Reader] = {}
     copies: dict[str, str] = {}
+    wide = _full_width(graph, shifts, draft, request)
     for stream in draft.streams:
         writers.update(stream.writers)
         for norm in stream.norms:
@@ -45,9 +47,11 @@ def crmsnorm(graph: Graph, origins: Origins, draft: Draft, request: Request) -> 
                 reader=_place(graph, shifts, norm) if found is None else "",
             )
     expressions = {**{c: draft.expressions[t] for c, t in copies.items()}, **draft.expressions}
-    for tensor, reader in readers.items():
-        expressions[tensor] = MinusLast(expressions[tensor], reader.axis)
-    for tensor, writer in writers.items():
+    kept = _tensors_within(graph, origins, set(wide))
+    for tensor in readers.keys() - kept:
+        expressions[tensor] = MinusLast(expressions[tensor], readers[tensor].axis)
+    for tensor in writers.keys() - kept:
+        writer = writers[tensor]
         expressions[tensor] = DropLast(expressions[tensor], writer.axis)
         if writer.over is not None:
             expressions[writer.over] = DropLast(expressions[writer.over], 0)
@@ -57,7 +61,11 @@ def crmsnorm(graph: Graph, origins: Origins, draft: Draft, request: Request) -> 
         expressions=expressions,
         copies={**draft.copies, **copies},
         norms={**draft.norms, **compressed},
-        recenterings=tuple(replace(place, compress=True) for place in draft.recenterings),
+        full_width=tuple(
+            FullWidth(module=module, at="" if compressed[norm].expand else at)
+            for module, (norm, at) in wide.items()
+        ),
+        recenterings=tuple(_compressing(draft.recenterings, wide)),
         verdicts=(
             *draft.verdicts,
             *(_verdict(before[norm.module], compressed.get(norm.module)) for norm in graph.norms),
@@ -89,6 +97,55 @@ def _place(graph: Graph, shifts: Shifts, norm: Norm) -> str:
     calls = graph.norm_calls[norm.module]
     place = place_behind(graph, shifts, calls[0].outputs[0]) if len(calls) == 1 else None
     return f"{place.module} {place.at}" if place is not None else ""
+
+
+def _full_width(
+    graph: Graph, shifts: Shifts, draft: Draft, request: Request
+) -> dict[str, tuple[str, str]]:
+    """The modules that must keep all coordinates: the norm that each reads, and at which input.
+
+    A module that the request names may have no input or output of its own on the stream; then
+    it is the nearest one around it that has.
+    """
+    normalised = {
+        value: norm.module
+        for stream in draft.streams
+        for norm in stream.norms
+        for node in graph.norm_calls[norm.module]
+        for value in passed_on(graph, shifts, node.outputs[0])
+    }
+    found: dict[str, tuple[str, str]] = {}
+    modules = [call.module for call in graph.calls if starred(call.module) in request.full_width]
+    for failed in sorted(modules, key=len):
+        if any(failed.startswith(f"{outer}.") for outer in found):
+            continue
+        around = [call for call in graph.calls if f"{failed}.".startswith(f"{call.module}.")]
+        for call in sorted(around, key=lambda call: len(call.module), reverse=True):
+            inputs = [(key, value) for key, value in call.inputs if value in normalised]
+            if call.module and len(inputs) == 1 and call.output is not None:
+                key, value = inputs[0]
+                found[call.module] = (normalised[value], f"input {key}")
+                break
+    return found
+
+
+def _compressing(places: tuple[Recentering, ...], wide: Collection[str]) -> Iterator[Recentering]:
+    """The recenterings, which compress as well: but not within a module of full width."""
+    for place in places:
+        if place.at == "output" and place.module in wide:
+            continue  # it compresses its output, and so recenters it
+        inside = any(place.module.startswith(f"{module}.") for module in wide)
+        yield replace(place, compress=not inside)
+
+
+def _tensors_within(graph: Graph, origins: Origins, modules: set[str]) -> set[str]:
+    """The tensors that the parameters of `modules` are loaded from."""
+    return {
+        part.tensor
+        for name, value in graph.parameters
+        if any(name.startswith(f"{module}.") for module in modules)
+        for part in origins.of(value) or ()
+    }
 
 
 def _verdict(before: Verdict, module: NormModule | None) -> Verdict:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from normconvert.ir.expression import Expression
 from normconvert.ir.graph import Graph
-from normconvert.ir.native import NormModule, Recentering
+from normconvert.ir.native import FullWidth, NormModule, Recentering
 from normconvert.ir.plan import Format, Tied, Verdict
 
 if TYPE_CHECKING:
@@ -18,11 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What the user chose. `keep` names norms whose gain must stay, each with the reason."""
+    """What the user chose, and what was found out.
+
+    `keep` names norms whose gain must stay, each with the reason; `full_width` are modules, with *
+    for every number, that only run on vectors of all coordinates.
+    """
 
     format: Format = "stock"
     tied: Tied = "keep"
     fraction: float = 1.0
+    full_width: frozenset[str] = frozenset()
     keep: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -73,6 +78,7 @@ class Draft:
     omitted: frozenset[str] = frozenset()
     norms: Mapping[str, NormModule] = field(default_factory=dict)
     recenterings: tuple[Recentering, ...] = ()
+    full_width: tuple[FullWidth, ...] = ()
     folded: Mapping[str, Readers] = field(default_factory=dict)
     streams: tuple[Stream, ...] = ()
     verdicts: tuple[Verdict, ...] = ()

@@ -36,12 +36,28 @@ def _within(module: str, path: str) -> bool:
 
 
 def _all_within(graph: Graph, module: str, value: int) -> bool:
-    readers = graph.consumers.get(value, ())
+    readers = graph.live_consumers.get(value, ())
     return bool(readers) and all(_within(module, graph.nodes[i].module) for i in readers)
 
 
 def _any_within(graph: Graph, module: str, value: int) -> bool:
-    return any(_within(module, graph.nodes[i].module) for i in graph.consumers.get(value, ()))
+    return any(_within(module, graph.nodes[i].module) for i in graph.live_consumers.get(value, ()))
+
+
+def passed_on(graph: Graph, shifts: Shifts, value: int) -> set[int]:
+    """`value` and what it is when its other axes than the last are rearranged."""
+    found, waiting = {value}, [value]
+    while waiting:
+        current = waiting.pop()
+        shift = Shift(len(graph.values[current].shape) - 1)
+        for position in graph.live_consumers.get(current, ()):
+            if graph.nodes[position].inputs != (current,):
+                continue
+            for output, moved in (shifts.through(position, 0, shift) or {}).items():
+                if moved.axis == len(graph.values[output].shape) - 1 and output not in found:
+                    found.add(output)
+                    waiting.append(output)
+    return found
 
 
 def place_behind(graph: Graph, shifts: Shifts, value: int) -> Recentering | None:
@@ -53,7 +69,7 @@ def place_behind(graph: Graph, shifts: Shifts, value: int) -> Recentering | None
         place = known.get(value)
         if place is not None and place.at != "output":
             found = place
-        readers = graph.consumers.get(value, ())
+        readers = graph.live_consumers.get(value, ())
         if len(readers) != 1 or graph.nodes[readers[0]].inputs != (value,):
             return found
         moved = shifts.through(readers[0], 0, shift)

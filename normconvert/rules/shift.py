@@ -28,6 +28,9 @@ class Shift:
     over: str | None = None
 
 
+_ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
+
+
 class Shifts:
     """How the nodes of `graph` pass shifts on."""
 
@@ -67,6 +70,8 @@ class Shifts:
             return {node.outputs[0]: shift}
         if node.op in ("sum", "mean"):
             return self._sum(node, shift)
+        if node.op == "index_add":
+            return self._index_add(node, operand, shift)
         if node.op == "gather":  # takes each coordinate from another place
             return None
         return self._move(node, operand, shift)
@@ -80,6 +85,8 @@ class Shifts:
         if position is None:
             return None
         node = self._graph.nodes[position]
+        if node.op in _ZEROS:
+            return {}
         found: dict[int, Shift] = {}
         passing: set[int] = set()
         for operand, each in enumerate(node.inputs):
@@ -109,7 +116,15 @@ class Shifts:
             return 0 in passing and len(passing) == 2
         if node.op == "convolution":
             return passing >= set(range(1, len(node.inputs)))
+        if node.op == "index_add":
+            names = ("self", "source")
+            return passing >= {node.inputs.index(self._ref(node, name)) for name in names}
         return True
+
+    def _ref(self, node: Node, name: str) -> int:
+        argument = node.argument(name)
+        assert isinstance(argument, Ref)
+        return argument.value
 
     def _shape(self, value: int) -> Shape:
         return self._graph.values[value].shape
@@ -205,6 +220,16 @@ class Shifts:
         axis = after - 1 if second or node.op == "mv" else after - 2
         return {node.outputs[0]: replace(shift, axis=axis)}
 
+    def _index_add(self, node: Node, operand: int, shift: Shift) -> dict[int, Shift] | None:
+        """Adds rows of `source` to rows of `self`: both pass a shift along another axis on."""
+        value = node.inputs[operand]
+        if value not in (self._ref(node, "self"), self._ref(node, "source")):
+            return None
+        dim = node.argument("dim")
+        assert isinstance(dim, int)
+        same_axis = dim % len(self._shape(value)) == shift.axis
+        return None if same_axis else {node.outputs[0]: shift}
+
     def _convolution(self, node: Node, operand: int, shift: Shift) -> dict[int, Shift] | None:
         """A shift of the weight or the bias along the output channels."""
         if operand == 0 or shift.axis != 0 or node.argument("transposed", False):
@@ -234,7 +259,7 @@ def obstacles(
             if value in outputs
             else None
         )
-        for position in graph.consumers.get(value, ()):
+        for position in graph.live_consumers.get(value, ()):
             for operand, each in enumerate(graph.nodes[position].inputs):
                 if each != value or shifts.absorbs(position, operand, shift):
                     continue

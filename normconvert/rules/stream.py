@@ -216,7 +216,7 @@ class _Finder:
         value, readers = self._graph.leaf_values[vector], []
         waiting = [value]
         while waiting:
-            for position in self._graph.consumers.get(waiting.pop(), ()):
+            for position in self._graph.live_consumers.get(waiting.pop(), ()):
                 node = self._graph.nodes[position]
                 if node.op == "mul":
                     readers.append(node.module)
@@ -288,7 +288,7 @@ class _Finder:
             current = waiting.pop(0)
             if current in legal:
                 return current
-            for position in self._graph.consumers.get(current, ()):
+            for position in self._graph.live_consumers.get(current, ()):
                 for output in self._graph.nodes[position].outputs:
                     if output in reach.values and output not in seen:
                         seen.add(output)

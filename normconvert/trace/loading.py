@@ -153,7 +153,7 @@ def open_biases(model: PreTrainedModel) -> tuple[tuple[str, str], ...]:
     biases = {
         f"{path}.weight": f"{path}.bias"
         for path, module in model.named_modules()
-        if type(module) is torch.nn.Linear and module.bias is None
+        if isinstance(module, torch.nn.Linear) and module.bias is None
     }
     name_on_disk = _namer(model, get_model_conversion_mapping(model), tuple(biases.values()))
     return tuple(

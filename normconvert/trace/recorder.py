@@ -19,8 +19,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     knows, so that nothing is concluded about it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, found: int | None = None) -> None:
+        """With `found`, data is made up where a model's code must know it.
+
+        Every search (`nonzero`) finds so many elements, and an index that is read from a tensor
+        is 0, then 1, then 0 again: a loop over what was found then meets more than one case.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
+        self._found = found
+        self._index = 1
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.module = ""
@@ -39,7 +46,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for arg in func._schema.arguments
             if arg.alias_info is not None and arg.alias_info.is_write and arg.name in named
         ]
-        result = func(*args, **kwargs)
+        result = self._made_up(func, args)
+        if result is None:
+            result = func(*args, **kwargs)
         overwritten = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
         fresh = [
             t
@@ -50,6 +59,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in overwritten:
             self._overwrite_sharers(tensor)
         return result
+
+    def _made_up(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor | int | None:
+        if self._found is None:
+            return None
+        if func is torch.ops.aten.nonzero.default:
+            found: torch.Tensor = args[0].new_empty((self._found, args[0].ndim), dtype=torch.int64)
+            return found
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.int64:
+            self._index = 1 - self._index
+            return self._index
+        return None
 
     def value(self, tensor: torch.Tensor) -> int:
         """The value that `tensor` holds now; one not seen before is a constant."""

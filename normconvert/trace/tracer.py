@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from normconvert.errors import TraceError, first_line
-from normconvert.ir.graph import Call, Graph, Norm
+from normconvert.ir.graph import Call, Graph, Norm, Tie
 from normconvert.model_class import auto_classes, resolve
+from normconvert.model_inputs import trace_inputs
 from normconvert.quiet import quiet
 from normconvert.trace.loading import build, load, open_biases
 from normconvert.trace.recognise import Formula, recognise
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 BATCH, LENGTH = 2, 7
 """Sizes that no model dimension has, so that an axis can be told from its size."""
 
+FOUND = 3
+"""How many elements a search finds, where the model's code must know."""
+
 
 def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
     """The graph of one forward pass of the model that `checkpoint` holds.
@@ -35,12 +38,19 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
     """
     with quiet():
         model_class, config = resolve(checkpoint, trust_remote_code)
-    recorder = Recorder()
-    fake = FakeTensorMode(
-        allow_non_fake_inputs=True,
-        shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
-    )
-    with quiet(), fake, torch.no_grad():
+    try:
+        return _trace(checkpoint, model_class, config, Recorder())
+    except TraceError as error:
+        if not isinstance(error.__cause__, GuardOnDataDependentSymNode):
+            raise
+        # A loop over what a search finds, such as the experts that are hit, needs a number.
+        return _trace(checkpoint, model_class, config, Recorder(found=FOUND))
+
+
+def _trace(
+    checkpoint: Checkpoint, model_class: type[PreTrainedModel], config: Any, recorder: Recorder
+) -> Graph:
+    with quiet(), fake_tensors(), torch.no_grad():
         try:
             model = build(model_class, config, torch.float32)
         except Exception as error:  # a model class may raise anything on values it cannot use
@@ -49,26 +59,51 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
                 f"that can be built: {first_line(error)}."
             ) from error
         leaves, ties = load(model, checkpoint, recorder)
-        parameters = tuple(
-            (name, recorder.value(parameter))
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-        )
-        calls = _NormCalls(model, recorder)
-        try:
-            with calls, recorder:
-                output = model(**_inputs(model))
-        except Exception as error:  # the model's own code may raise anything
-            raise TraceError(
-                f"The forward pass of {model_class.__name__} cannot be traced: {first_line(error)}."
-            ) from error
-        outputs = tuple(
-            (keystr(path), recorder.value(leaf))
-            for path, leaf in tree_leaves_with_path(output)
-            if isinstance(leaf, torch.Tensor)
-        )
+        return record(model, recorder, leaves, ties)
+
+
+def fake_tensors() -> FakeTensorMode:
+    """The mode in which models run: sizes that depend on the data become symbols."""
+    return FakeTensorMode(
+        allow_non_fake_inputs=True,
+        shape_env=ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True),
+    )
+
+
+def record(
+    model: PreTrainedModel,
+    recorder: Recorder,
+    leaves: tuple[tuple[str, int], ...],
+    ties: tuple[Tie, ...],
+) -> Graph:
+    """The graph of one forward pass of `model`, which is on fake tensors, as `fake_tensors` makes.
+
+    Raises:
+        TraceError: it cannot be run.
+    """
+    parameters = tuple(
+        (name, recorder.value(parameter))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    )
+    calls = _NormCalls(model, recorder)
+    try:
+        with torch.device(model.device):
+            inputs = trace_inputs(model, BATCH, LENGTH)
+        with calls, recorder:
+            output = model(**inputs)
+    except Exception as error:  # the model's own code may raise anything
+        raise TraceError(
+            f"The forward pass of {type(model).__name__} cannot be traced: {first_line(error)}.",
+            module=recorder.module,
+        ) from error
+    outputs = tuple(
+        (keystr(path), recorder.value(leaf))
+        for path, leaf in tree_leaves_with_path(output)
+        if isinstance(leaf, torch.Tensor)
+    )
     return Graph(
-        model=model_class.__name__,
-        auto_classes=auto_classes(model_class, config),
+        model=type(model).__name__,
+        auto_classes=auto_classes(type(model), model.config),
         values=tuple(recorder.values),
         nodes=tuple(recorder.nodes),
         leaves=leaves,
@@ -79,22 +114,6 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
         calls=tuple(calls.calls),
         open_biases=open_biases(model),
     )
-
-
-def _inputs(model: PreTrainedModel) -> dict[str, Any]:
-    accepted = inspect.signature(model.forward).parameters
-    if "input_ids" not in accepted:
-        raise TraceError(f"{type(model).__name__} reads no input_ids; only text models are traced.")
-    ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
-    positions = torch.arange(LENGTH).unsqueeze(0).expand(BATCH, LENGTH)
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if "decoder_input_ids" in accepted:
-        inputs["decoder_input_ids"] = ids
-    if "position_ids" in accepted:
-        inputs["position_ids"] = positions
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return inputs
 
 
 class _NormCalls:

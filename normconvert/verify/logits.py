@@ -1,4 +1,4 @@
-"""Logits end to end: two checkpoints run on the same tokens, against a measured noise floor."""
+"""Outputs end to end: two checkpoints run on the same input, against a measured noise floor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from normconvert.precision import float64
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
 from normconvert.verify.noise import perturbed
-from normconvert.verify.tokens import token_sets
+from normconvert.verify.tokens import input_sets
 
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
@@ -38,35 +38,37 @@ def compare(
     trust_remote_code: bool,
     listen: Listener,
 ) -> Equivalence:
-    """Whether `converted` gives the logits of `original`.
+    """Whether `converted` gives the outputs of `original`: logits, or without a head its states.
 
-    Both are run on the same tokens. Then the tensors in which they differ are perturbed in the
+    Both are run on the same input. Then the tensors in which they differ are perturbed in the
     original within the rounding of their stored dtype, three times; they are equivalent if
-    their logits differ by at most four times what that does.
+    their outputs differ by at most four times what that does.
 
     Raises:
         VerificationError: one of them cannot be loaded whole or cannot be run.
+        TraceError: what they read is not known.
     """
     compute = choose_dtype(original, dtype)
     with _Runner(compute, trust_remote_code, listen) as run:
         model = run.load(original)
-        sets, notes = token_sets(original, text, *_limits(model), trust_remote_code)
-        reference = run.logits(model, sets)
+        sets, notes = input_sets(model, original, text, trust_remote_code)
+        reference = run.outputs(model, sets)
         before = _digests(model)
         del model
         model = run.load(converted)
-        candidate = run.logits(model, sets)
+        candidate = run.outputs(model, sets)
+        _refuse_other_shapes(reference, candidate)
         differing = _differing(before, _digests(model))
         del model
         floor = []
         for seed in range(_FLOOR_RUNS if differing else 0):
             model = run.load(original)
             _perturb(model, differing, original, converted, seed)
-            floor.append(run.logits(model, sets))
+            floor.append(run.outputs(model, sets))
             del model
     comparisons = tuple(
         _comparison(name, reference[name], candidate[name], [each[name] for each in floor])
-        for name in sets
+        for name in reference
     )
     return Equivalence(
         original=original.model,
@@ -120,15 +122,16 @@ class _Runner:
             model.set_experts_implementation("eager")  # the others do not take every dtype
         return model.eval()
 
-    def logits(self, model: Any, sets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The logits of `model` on every set of tokens, [positions, vocabulary]."""
+    def outputs(
+        self, model: Any, sets: dict[str, dict[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """What `model` computes of every set of inputs, each [positions, features]."""
         exact = float64() if self._compute is torch.float64 else nullcontext()
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         try:
             with torch.no_grad(), exact:
-                for name, ids in sets.items():
-                    out = model(input_ids=ids)
-                    found[name] = getattr(out, "logits", out[0]).flatten(0, 1)
+                for name, inputs in sets.items():
+                    found |= _named_outputs(name, model(**inputs))
         except Exception as error:  # the model's own code may raise anything
             raise VerificationError(
                 f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}."
@@ -172,10 +175,13 @@ def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _limits(model: Any) -> tuple[int, int]:
-    """The vocabulary and the longest input of the model."""
-    config = model.config.get_text_config()
-    return config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 20
+def _named_outputs(name: str, output: Any) -> dict[str, torch.Tensor]:
+    """The logits; of a model without a head the last hidden states, and what is pooled of them."""
+    found = {name: getattr(output, "logits", output[0])}
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is not None:
+        found[f"{name}, pooled"] = pooled
+    return {name: tensor.flatten(0, -2) for name, tensor in found.items()}
 
 
 def _parameters(model: Any) -> dict[str, torch.Tensor]:
@@ -228,14 +234,23 @@ def _stored(checkpoint: Checkpoint, name: str) -> torch.dtype:
     return dtype if dtype.is_floating_point else _main_dtype(checkpoint)
 
 
+def _refuse_other_shapes(
+    reference: dict[str, torch.Tensor], candidate: dict[str, torch.Tensor]
+) -> None:
+    one, other = (
+        {name: list(tensor.shape) for name, tensor in outputs.items()}
+        for outputs in (reference, candidate)
+    )
+    if one != other:
+        raise VerificationError(
+            f"The outputs have different shapes: {one} and {other}; these are not the same "
+            "architecture."
+        )
+
+
 def _comparison(
     name: str, reference: torch.Tensor, candidate: torch.Tensor, floor: list[torch.Tensor]
 ) -> Comparison:
-    if candidate.shape != reference.shape:
-        raise VerificationError(
-            f"The logits have different shapes: {list(reference.shape)} and "
-            f"{list(candidate.shape)}; these are not the same architecture."
-        )
     largest, rms = _distance(reference, candidate)
     floors = [_distance(reference, moved) for moved in floor]
     floor_max = max((each[0] for each in floors), default=0.0)

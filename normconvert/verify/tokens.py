@@ -1,4 +1,4 @@
-"""What the models are compared on: real text by the checkpoint's tokenizer, and random tokens."""
+"""What the models are compared on: real text by the checkpoint's tokenizer, and random input."""
 
 from __future__ import annotations
 
@@ -7,23 +7,57 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from normconvert.model_inputs import main_input, main_shape, plain_inputs, reads_ids
+
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
 
 SEQUENCES, LENGTH = 2, 128
 
 
-def token_sets(
+def input_sets(
+    model: Any, checkpoint: Checkpoint, text: str | None, trust_remote_code: bool
+) -> tuple[dict[str, dict[str, torch.Tensor]], tuple[str, ...]]:
+    """Named inputs for `model`, and notes on what could not be had.
+
+    Raises:
+        TraceError: the model takes an input that is not known.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary, length = _limits(model) if reads_ids(model) else (0, LENGTH)
+    # Images and spectra need no ids, except for a decoder.
+    random = torch.randint(0, vocabulary or 1, (SEQUENCES, length), generator=generator)
+    main = main_input(model)
+    if main != "input_ids":
+        shape = main_shape(model, SEQUENCES, length)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
+        return {_NAMES[main]: plain_inputs(model, drawn, random)}, ()
+    sets, notes = _token_sets(checkpoint, text, vocabulary, random, trust_remote_code)
+    return {name: plain_inputs(model, ids, ids) for name, ids in sets.items()}, notes
+
+
+_NAMES = {"pixel_values": "images", "input_features": "spectra"}
+
+
+def _limits(model: Any) -> tuple[int, int]:
+    """The vocabulary of the model, and how many tokens of it are read at once."""
+    config = model.config.get_text_config()
+    longest = (getattr(config, name, None) for name in _LONGEST)
+    return config.vocab_size, min([LENGTH, *filter(None, longest)])
+
+
+_LONGEST = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+
+
+def _token_sets(
     checkpoint: Checkpoint,
     text: str | None,
     vocabulary: int,
-    longest: int,
+    random: torch.Tensor,
     trust_remote_code: bool,
 ) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """Named token ids of shape [sequences, length], and notes on what could not be had."""
-    length = min(LENGTH, longest)
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randint(0, vocabulary, (SEQUENCES, length), generator=generator)
+    """Token ids of shape [sequences, length], and notes on what could not be had."""
+    length = random.shape[1]
     tokenizer = _tokenizer(checkpoint, trust_remote_code)
     if tokenizer is None:
         return {"random": random}, ("No tokenizer could be loaded: only random tokens were read.",)

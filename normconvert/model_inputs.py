@@ -1,0 +1,103 @@
+"""What one forward pass of a model takes, read off its signature, its config and its modules."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from normconvert.errors import TraceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAIN_INPUTS = ("input_ids", "input_features", "pixel_values")
+"""Text first: a model that reads both text and images runs on text alone."""
+
+
+def main_input(model: PreTrainedModel) -> str:
+    """The name of the input that `model` cannot do without: one of `MAIN_INPUTS`.
+
+    Raises:
+        TraceError: it takes none of them.
+    """
+    accepted = _accepted(model)
+    for name in MAIN_INPUTS:
+        if name in accepted:
+            return name
+    raise TraceError(
+        f"{type(model).__name__} reads no {', '.join(MAIN_INPUTS[:-1])} or {MAIN_INPUTS[-1]}; "
+        "only models of text, images or mel spectra are traced."
+    )
+
+
+def reads_ids(model: PreTrainedModel) -> bool:
+    """Whether token ids are among the inputs: of the model, or of its decoder."""
+    return main_input(model) == "input_ids" or "decoder_input_ids" in _accepted(model)
+
+
+def main_shape(model: PreTrainedModel, batch: int, length: int) -> tuple[int, ...]:
+    """The shape of the main input: `length` tokens, or the one image or spectrum size that fits.
+
+    Raises:
+        TraceError: the model's config does not say which size that is.
+    """
+    match main_input(model):
+        case "pixel_values":
+            size = _setting(model, "image_size")
+            height, width = size if isinstance(size, (list, tuple)) else (size, size)
+            return batch, _setting(model, "num_channels"), height, width
+        case "input_features":
+            # Convolutions shorten the spectrum to the positions that the encoder has.
+            convolutions = (m for m in model.modules() if isinstance(m, torch.nn.Conv1d))
+            frames_per_position = math.prod(module.stride[0] for module in convolutions)
+            frames = _setting(model, "max_source_positions") * frames_per_position
+            return batch, _setting(model, "num_mel_bins"), frames
+        case _:
+            return batch, length
+
+
+def plain_inputs(
+    model: PreTrainedModel, main: torch.Tensor, ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The inputs that the model needs: the main one and, if it has a decoder, ids for that."""
+    inputs = {main_input(model): main}
+    if "decoder_input_ids" in _accepted(model):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def trace_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
+    """Zeros as inputs, and what else keeps a model from looking at them: positions, no cache.
+
+    Raises:
+        TraceError: the model takes an input that is not known here.
+    """
+    ids = torch.zeros(batch, length, dtype=torch.int64)
+    text = main_input(model) == "input_ids"
+    main = ids if text else torch.zeros(main_shape(model, batch, length))
+    inputs: dict[str, Any] = dict(plain_inputs(model, main, ids))
+    accepted = _accepted(model)
+    if text and "position_ids" in accepted:
+        inputs["position_ids"] = torch.arange(length).unsqueeze(0).expand(batch, length)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _accepted(model: PreTrainedModel) -> frozenset[str]:
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def _setting(model: PreTrainedModel, name: str) -> Any:
+    """The value of `name` in the model's config, or in that of one of its parts."""
+    config = model.config
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if getattr(part, name, None) is not None:
+            return getattr(part, name)
+    raise TraceError(
+        f"{type(model).__name__} reads {main_input(model)}, but its config has no {name}: what "
+        "size they have is not known."
+    )
