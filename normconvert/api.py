@@ -54,6 +54,7 @@ def convert(
     tied: Tied = "keep",
     dtype: Dtype = "keep",
     fraction: float = 0.0625,
+    target: str | None = None,
     dry_run: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -65,7 +66,8 @@ def convert(
 
     `rewrite` may be several; they are computed together and rounded once, in whatever order they
     are given. `format` is "stock" for flashnorm alone and "native" for the others unless given.
-    `fraction` is the share of the coordinates that a pRMSNorm looks at.
+    `fraction` is the share of the coordinates that a pRMSNorm looks at. `target` is the model_type
+    of transformers that the output of rmsnorm gets, if it provably computes the same.
 
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
@@ -80,17 +82,23 @@ def convert(
     rewrites = (rewrite,) if isinstance(rewrite, str) else rewrite
     request = Request(
         rewrites=rewrites,
-        format=format or ("stock" if rewrites == ("flashnorm",) else "native"),
+        format=format or ("stock" if target or rewrites == ("flashnorm",) else "native"),
         tied=tied,
         dtype=dtype,
         fraction=fraction,
+        target=target,
     )
-    target = Path(output) if output is not None else default_output(model, rewrites[-1])
+    place = Path(output) if output is not None else default_output(model, rewrites[-1])
     local = Path(model).expanduser()
     if not dry_run:  # before any work: a wrong output should cost no time
-        check_output(target, local, force=force)
+        check_output(place, local, force=force)
     checkpoint, graph = _open(model, revision, trust_remote_code, listen)
     plan, unchanged = settle(graph, checkpoint, request)
+    base = checkpoint
+    if target is not None:
+        from normconvert.retarget import retarget
+
+        plan, base = retarget(plan, checkpoint, target)
     inspection = _inspection(graph, checkpoint, plan)
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
@@ -99,11 +107,11 @@ def convert(
         from normconvert.verify import choose_dtype
 
         choose_dtype(checkpoint, None)  # to refuse before the work, not after it
-    with stage(target) as staged:
-        write(plan, checkpoint, staged.path, _manifest(checkpoint, plan, request), listen)
+    with stage(place) as staged:
+        write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
         verification = None
         if verify:
-            written = replace(open_checkpoint(str(staged.path)), model=str(target))
+            written = replace(open_checkpoint(str(staged.path)), model=str(place))
             verification = _verify(checkpoint, written, None, None, trust_remote_code, listen)
         rejected = (
             verification is not None
@@ -114,7 +122,7 @@ def convert(
             staged.commit()
     return Conversion(
         status="rejected" if rejected else "converted",
-        output=None if rejected else str(target),
+        output=None if rejected else str(place),
         inspection=inspection,
         verification=verification,
     )

@@ -30,6 +30,7 @@ class Request:
     tied: Tied
     dtype: Dtype
     fraction: float
+    target: str | None = None
 
 
 def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan, bool]:
@@ -60,7 +61,7 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
         if plan.native is not None:
             plan = _running(partial(plan_with, keep=keep), checkpoint)
         return plan, False
-    if already:
+    if already and request.target is None:
         return plan, True
     raise PlanError(
         f"No norm of {checkpoint.model} can be {_DONE[request.rewrites[-1]]}: "
@@ -121,6 +122,8 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
             f"{checkpoint.model} is converted already ({', '.join(known.rules)}); convert its "
             "original, so that every weight is rounded once."
         )
+    if request.target is not None:
+        _require_retargetable(checkpoint, request)
     if request.format == "native":
         if "auto_map" in checkpoint.config and not native:
             raise PlanError(
@@ -132,6 +135,18 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
         raise PlanError(f"{checkpoint.model} is in the native format; give --format native.")
     for rewrite in {"crmsnorm", "prmsnorm"} & set(request.rewrites):
         raise PlanError(f"No stock model has the norms of {rewrite}; give --format native.")
+
+
+def _require_retargetable(checkpoint: Checkpoint, request: Request) -> None:
+    if request.format != "stock" or "rmsnorm" not in request.rewrites:
+        raise PlanError("A target is for the rewrite rmsnorm in the stock format alone.")
+    if "auto_map" in checkpoint.config:
+        raise PlanError(f"{checkpoint.model} brings its own model code; give no --target.")
+    if "rmsnorm" in rules_in_manifest(checkpoint):
+        raise PlanError(
+            f"{checkpoint.model} is converted already; convert its original, so that every weight "
+            "is rounded once."
+        )
 
 
 def _does_what_was_asked(plan: Plan, request: Request) -> bool:

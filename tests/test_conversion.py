@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 import normconvert
 import zoo
@@ -34,6 +35,7 @@ from normconvert.ir.expression import (
     Tensor,
 )
 from normconvert.ir.plan import Edit, Plan, Tied
+from normconvert.model_inputs import trace_inputs
 from normconvert.planner import make_plan
 from normconvert.precision import float64
 from normconvert.rewrite import write
@@ -41,7 +43,7 @@ from normconvert.source import open_checkpoint
 from normconvert.trace import trace
 from test_rounding import FORMATS, nearest
 
-EXACT = 1e-12  # of the largest logit, in float64
+EXACT = 1e-12  # of the largest output, in float64
 DTYPES = ("float32", "bfloat16", "float16")
 
 # fold: the gain is 1. move: so it is, and the bias 0, moved on to biases of the readers.
@@ -60,6 +62,34 @@ SANDWICH = {
     "model.layers.*.post_feedforward_layernorm": "keep",
 }
 GPT2 = {"transformer.h.*.ln_1": "move", "transformer.h.*.ln_2": "move"}
+OPT = {
+    "model.decoder.layers.*.self_attn_layer_norm": "move",
+    "model.decoder.layers.*.final_layer_norm": "move",
+}
+OPT_POST_NORM = dict.fromkeys(OPT, "keep")
+BLOOM = {
+    "transformer.word_embeddings_layernorm": "keep",
+    "transformer.h.*.input_layernorm": "move",
+    "transformer.h.*.post_attention_layernorm": "move",
+}
+PERSIMMON = {
+    "layers.*.input_layernorm": "move",
+    "layers.*.self_attn.q_layernorm": "keep",
+    "layers.*.self_attn.k_layernorm": "keep",
+    "layers.*.post_attention_layernorm": "move",
+    "final_layernorm": "stay",
+}
+# The encoder's last states are an output of the model, too.
+ENCODER_DECODER = {
+    "model.encoder.layers.*.self_attn_layer_norm": "move",
+    "model.encoder.layers.*.final_layer_norm": "move",
+    "model.encoder.layer_norm": "keep",
+    "model.decoder.layers.*.self_attn_layer_norm": "move",
+    "model.decoder.layers.*.encoder_attn_layer_norm": "move",
+    "model.decoder.layers.*.final_layer_norm": "move",
+    "model.decoder.layer_norm": "stay if untied",
+}
+CLIP = {"encoder.layers.*.layer_norm1": "move", "encoder.layers.*.layer_norm2": "move"}
 NEOX = {
     "gpt_neox.layers.*.input_layernorm": "move",
     "gpt_neox.layers.*.post_attention_layernorm": "move",
@@ -116,30 +146,61 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
         "model.layers.*.self_attn.k_layernorm.norms.*": "keep",
         "model.norm": "stay",
     },
+    "cohere2": {"model.layers.*.input_layernorm": "fold", **TIED_HEAD},
     "starcoder2": dict.fromkeys(PRE, "move") | {"model.norm": "stay if untied"},
     "gpt_neox": NEOX,
     "gpt_neox_sequential": NEOX,
+    "gpt_neox_tied": NEOX | {"gpt_neox.final_layer_norm": "stay if untied"},
     "gpt2": GPT2 | {"transformer.ln_f": "stay if untied"},
+    "gpt2_untied": GPT2 | {"transformer.ln_f": "stay"},
+    "gpt_bigcode": GPT2 | {"transformer.ln_f": "stay if untied"},
+    # Its projections of queries, keys and values have no bias.
+    "gpt_neo": {
+        "transformer.h.*.ln_1": "stay",
+        "transformer.h.*.ln_2": "move",
+        "transformer.ln_f": "stay if untied",
+    },
     # Attention's projections have no bias, the output head has one.
     "gptj": {"transformer.h.*.ln_1": "stay", "transformer.ln_f": "move"},
     "codegen": {"transformer.h.*.ln_1": "stay", "transformer.ln_f": "move"},
-    "opt": {
-        "model.decoder.layers.*.self_attn_layer_norm": "move",
-        "model.decoder.layers.*.final_layer_norm": "move",
-        "model.decoder.final_layer_norm": "stay if untied",
-    },
+    "opt": OPT | {"model.decoder.final_layer_norm": "stay if untied"},
+    "opt_untied": OPT | {"model.decoder.final_layer_norm": "stay"},
+    "opt_post_norm": OPT_POST_NORM | {"model.decoder.layers.2.final_layer_norm": "stay if untied"},
+    # Read by a projection to the size of the embeddings, which is not tied.
+    "opt_projected": OPT | {"model.decoder.final_layer_norm": "stay"},
+    "opt_projected_post_norm": OPT_POST_NORM | {"model.decoder.layers.2.final_layer_norm": "stay"},
     "phi": {"model.layers.*.input_layernorm": "move", "model.final_layernorm": "move"},
-    "bloom": {
-        "transformer.word_embeddings_layernorm": "keep",
-        "transformer.h.*.input_layernorm": "move",
-        "transformer.h.*.post_attention_layernorm": "move",
-        "transformer.ln_f": "stay if untied",
+    "persimmon": {f"model.{norm}": action for norm, action in PERSIMMON.items()},
+    "fuyu": {f"model.language_model.{norm}": action for norm, action in PERSIMMON.items()},
+    "bloom": BLOOM | {"transformer.ln_f": "stay if untied"},
+    "bloom_untied": BLOOM | {"transformer.ln_f": "stay"},
+    "bloom_post_norm_residual": dict.fromkeys(BLOOM, "keep")
+    | {"transformer.ln_f": "stay if untied"},
+    "mpt": {
+        "transformer.blocks.*.norm_1": "fold",
+        "transformer.blocks.*.norm_2": "fold",
+        "transformer.norm_f": "fold if untied",
+    },
+    "biogpt": {
+        "biogpt.layers.*.self_attn_layer_norm": "move",
+        "biogpt.layers.*.final_layer_norm": "move",
+        "biogpt.layer_norm": "stay if untied",
+    },
+    "xglm": {
+        "model.layers.*.self_attn_layer_norm": "move",
+        "model.layers.*.final_layer_norm": "move",
+        "model.layer_norm": "stay if untied",
     },
     # Its linears add their bias in an operation of its own.
-    "falcon": {"transformer.h.*.input_layernorm": "stay", "transformer.ln_f": "stay if untied"},
+    "falcon": {"transformer.h.*.input_layernorm": "move", "transformer.ln_f": "stay if untied"},
     "falcon_new": {
         "transformer.h.*.ln_attn": "stay",
         "transformer.h.*.ln_mlp": "stay",
+        "transformer.ln_f": "stay if untied",
+    },
+    "falcon_sequential": {
+        "transformer.h.*.input_layernorm": "move",
+        "transformer.h.*.post_attention_layernorm": "move",
         "transformer.ln_f": "stay if untied",
     },
     "nemotron": dict.fromkeys(PRE | HEAD, "stay"),
@@ -149,7 +210,38 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
         "bert.encoder.layer.*.output.LayerNorm": "keep",
         # No layer follows whose residual would read it: only the head's dense projection does.
         "bert.encoder.layer.2.output.LayerNorm": "move",
-        "cls.predictions.transform.LayerNorm": "stay if untied",
+        "cls.predictions.transform.LayerNorm": "move if untied",
+    },
+    "clip_text_model": CLIP | {"final_layer_norm": "keep"},
+    "clip_vision_model": CLIP | {"pre_layrnorm": "keep", "post_layernorm": "keep"},
+    "siglip_vision_model": CLIP | {"post_layernorm": "keep", "head.layernorm": "move"},
+    "pegasus": ENCODER_DECODER,
+    # Its keys have no bias.
+    "whisper": ENCODER_DECODER
+    | {
+        "model.encoder.layers.*.self_attn_layer_norm": "stay",
+        "model.decoder.layers.*.self_attn_layer_norm": "stay",
+    },
+    "vit": {
+        "layers.*.layernorm_before": "move",
+        "layers.*.layernorm_after": "move",
+        "layernorm": "keep",
+    },
+    "vit_classifier": {
+        "vit.layers.*.layernorm_before": "move",
+        "vit.layers.*.layernorm_after": "move",
+        "vit.layernorm": "move",
+    },
+    "dinov2": {
+        "encoder.layer.*.norm1": "move",
+        "encoder.layer.*.norm2": "move",
+        "layernorm": "keep",
+    },
+    # The head reads the class token beside the mean of the others.
+    "dinov2_classifier": {
+        "dinov2.encoder.layer.*.norm1": "move",
+        "dinov2.encoder.layer.*.norm2": "move",
+        "dinov2.layernorm": "stay",
     },
     "mixtral": PRE | HEAD,
     "qwen3_moe": PRE | QK_NORM | HEAD,
@@ -172,6 +264,11 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
         "model.layers.*.post_attention_layernorm": "stay",
         "model.norm": "move",
     },
+    "dbrx": {
+        "transformer.blocks.*.norm_attn_norm.norm_1": "fold",
+        "transformer.blocks.*.norm_attn_norm.norm_2": "fold",
+        "transformer.norm_f": "fold",
+    },
     "granitemoe": PRE | HEAD,
     # The residual is taken after its pre-norms; the norm inside lightning attention may fold.
     "minimax": dict.fromkeys(PRE, "keep") | {"model.layers.*.self_attn.norm": "fold"} | HEAD,
@@ -183,10 +280,12 @@ EXPECTED: Mapping[str, Mapping[str, str]] = {
         "model.final_layernorm": "fold if untied",
     },
 }
-REFUSED = {"olmo": normconvert.PlanError, "dbrx": normconvert.TraceError}
+REFUSED = {"olmo": normconvert.PlanError}
 
 IS_TIED = {name for name, norms in EXPECTED.items() if any("untied" in n for n in norms.values())}
-CASES: list[tuple[str, Tied]] = [(name, "keep") for name in EXPECTED]
+# Post-norm, and a tied head: there is nothing to fold.
+ALL_KEPT = {"opt_post_norm", "bloom_post_norm_residual"}
+CASES: list[tuple[str, Tied]] = [(name, "keep") for name in EXPECTED if name not in ALL_KEPT]
 CASES += [(name, "untie") for name in sorted(IS_TIED)]
 SHARDED = {"llama", "gemma2", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "zamba2"}
 OTHER_FILES = {
@@ -212,10 +311,9 @@ def expectation(name: str, norm: str, tied: Tied) -> str:
     return action if not condition or tied == "untie" else "keep"
 
 
-def input_ids() -> torch.Tensor:
+def outputs(model: Any) -> torch.Tensor:
     """Neither the batch nor the length is the one that a model is traced with."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(4, zoo.SIZES["vocab_size"], (3, 11), generator=generator)
+    return zoo.run(model, zoo.inputs(model, 3, 11))
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -227,12 +325,13 @@ def test_every_architecture_has_its_table() -> None:
     assert set(EXPECTED) | set(REFUSED) == set(zoo.ZOO)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, *sorted(ALL_KEPT)])
 def test_refused(name: str, tmp_path: Path) -> None:
     save(name, tmp_path / "source")
-    with pytest.raises(REFUSED[name]) as error:
+    expected = REFUSED.get(name, normconvert.PlanError)
+    with pytest.raises(expected) as error:
         normconvert.convert(tmp_path / "source", tmp_path / "output")
-    assert type(error.value) is REFUSED[name]
+    assert type(error.value) is expected
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -259,7 +358,7 @@ def test_exact(name: str, tied: Tied, tmp_path: Path) -> None:
     original, converted = zoo.load(source), zoo.load(output)
     check_norms(name, tied, plan, original, converted)
     with float64():
-        before, after = zoo.run(original, input_ids()), zoo.run(converted, input_ids())
+        before, after = outputs(original), outputs(converted)
     assert before.dtype == after.dtype == torch.float64
     assert (after - before).abs().max() <= EXACT * before.abs().max()
 
@@ -583,6 +682,8 @@ WITNESSED = {
     "mixtral": "float32",
     "gpt2": "bfloat16",
     "falcon": "float16",
+    "siglip_vision_model": "float32",
+    "whisper": "bfloat16",
 }
 BROKEN = [
     (name, sabotage)
@@ -612,3 +713,75 @@ def noticed(name: str, dtype: str, sabotage: Sabotage, folder: Path) -> list[boo
         write(replace(plan, edits=edits), checkpoint, output, {}, ignore)
         found.append(not normconvert.verify_equivalence(source, output).equivalent)
     return found
+
+
+@pytest.mark.parametrize(
+    ("name", "compared"),
+    [
+        ("whisper", ["spectra"]),
+        ("pegasus", ["random"]),
+        ("clip_text_model", ["random", "random, pooled"]),
+        ("clip_vision_model", ["images", "images, pooled"]),
+        ("vit_classifier", ["images"]),
+    ],
+)
+def test_models_are_compared_on_what_they_read(
+    name: str, compared: list[str], tmp_path: Path
+) -> None:
+    zoo.save(name, tmp_path, dtype="float32")
+    found = normconvert.verify_equivalence(tmp_path, tmp_path)
+    assert found.equivalent
+    assert [comparison.tokens for comparison in found.comparisons] == compared
+    assert bool(found.notes) == (compared[0] == "random")  # there is no tokenizer
+
+
+def test_what_is_pooled_is_compared(tmp_path: Path) -> None:
+    """The last hidden states of a CLIP tower are read before its last norm."""
+    original, other = tmp_path / "original", tmp_path / "other"
+    for folder in (original, other):
+        zoo.save("clip_vision_model", folder, dtype="float32")
+    tensors = stored(other)
+    tensors["post_layernorm.bias"] *= 1.01
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    found = normconvert.verify_equivalence(original, other)
+    assert [(each.tokens, each.max > 0) for each in found.comparisons] == [
+        ("images", False),
+        ("images, pooled", True),
+    ]
+    assert not found.equivalent
+
+
+def test_other_outputs_are_refused(tmp_path: Path) -> None:
+    bare, headed = tmp_path / "bare", tmp_path / "headed"
+    zoo.save("vit", bare, dtype="float32")
+    zoo.save("vit_classifier", headed, dtype="float32")
+    with pytest.raises(normconvert.VerificationError, match=r"outputs have different shapes"):
+        normconvert.verify_equivalence(bare, headed)
+
+
+class Reads(torch.nn.Module):
+    """A model of a kind of input that is not known."""
+
+    def forward(self, input_values: torch.Tensor) -> torch.Tensor:
+        return input_values
+
+
+class Sees(torch.nn.Module):
+    """A model of images whose size its config does not say."""
+
+    config = PreTrainedConfig()
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Reads(), "Reads reads no input_ids, input_features or pixel_values"),
+        (Sees(), "Sees reads pixel_values, but its config has no image_size"),
+    ],
+)
+def test_unknown_inputs_are_refused(model: Any, message: str) -> None:
+    with pytest.raises(normconvert.TraceError, match=message):
+        trace_inputs(model, 2, 7)

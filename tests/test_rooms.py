@@ -19,12 +19,14 @@ ALLOWED = {
     "rules": {"ir", "rules"},
     "planner": {*SHARED, "rules"},
     "settle": {*SHARED, "planner", "rewrite", "trace"},
+    "retarget": {*SHARED, "retarget", "rewrite", "rules", "trace", *MODELS},
     "recipe": {"errors", "ir", "api"},
     "registration": {"nn"},
     "nn": {"nn"},
     "trace": {*SHARED, "trace", *MODELS},
     "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", *MODELS},
+    "train": {"errors", "ir", "nn", "rules", "trace"},
     "model_class": {*SHARED, "nn"},
     "model_inputs": SHARED,
     "precision": set[str](),
@@ -32,8 +34,27 @@ ALLOWED = {
     "torch_dtypes": set[str](),
     "cli": {*SHARED, "cli", "api", "recipe", "__init__"},
 }
-TORCH = {"nn", "trace", "rewrite", "verify", "model_inputs", "precision", "torch_dtypes"}
-TRANSFORMERS = {"nn", "trace", "verify", "model_class", "model_inputs", "quiet"}
+TORCH = {
+    "nn",
+    "trace",
+    "train",
+    "retarget",
+    "rewrite",
+    "verify",
+    "model_inputs",
+    "precision",
+    "torch_dtypes",
+}
+TRANSFORMERS = {
+    "nn",
+    "trace",
+    "train",
+    "retarget",
+    "verify",
+    "model_class",
+    "model_inputs",
+    "quiet",
+}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

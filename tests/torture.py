@@ -1335,7 +1335,7 @@ def bias_pooled(m: Torture, x: torch.Tensor) -> Any:
     return x + m.plus(m.biased(x).sum(1, keepdim=True))
 
 
-@case("biased", slots=False)
+@case("biased", slots=True)
 def bias_added_later(m: Torture, x: torch.Tensor) -> Any:
     return F.linear(m.biased(x), m.plus.weight) + m.plus.bias
 

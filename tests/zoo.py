@@ -4,16 +4,17 @@ A fresh model is useless for testing a fold: its gains are 1 and its biases 0, s
 passes. `save` therefore draws every parameter at random, and the sizes below differ from one
 another, so a gain applied along the wrong axis fails instead of fitting by chance.
 
-To add an architecture, add an entry to `ZOO`: its `model_type`, and what `SIZES` does not cover.
-`test_zoo.py` then checks that it builds, survives the disk and feels each of its gains.
+To add an architecture, add an entry to `ZOO`, or to `zoo_layernorm.py`: its `model_type`, and what
+`SIZES` does not cover. `test_zoo.py` then checks that it builds, survives the disk and feels each
+of its gains.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,52 +30,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from zoo_entry import PARTIAL_ROTARY, SIZES, Entry
+from zoo_layernorm import LAYERNORM
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """What makes one tiny model. Sizes not given come from `SIZES`."""
+__all__ = ["SIZES", "ZOO", "Entry", "build", "inputs", "load", "logits", "run", "save"]
 
-    model_type: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    # Class name, where it is not the type's causal language model.
-    architecture: str = ""
-    # Keys that the config class does not declare, though the model reads them.
-    undeclared: tuple[str, ...] = ()
-    # Add a multi-token-prediction layer to the files, which the model class does not read.
-    mtp: bool = False
-
-
-# Given to every config class that has a field of that name. No size is 2, 7 or 14, which are the
-# batch, the sequence and their product in a trace. That holds for derived sizes too: 3 experts per
-# token, 3 query heads per key-value head, 5 rotary frequencies per head.
-SIZES: Mapping[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 54,
-    "intermediate_size": 88,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 10,
-    "max_position_embeddings": 64,
-    "num_local_experts": 5,
-    "num_experts": 5,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 34,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 3,
-}
-
-_PARTIAL_ROTARY: Mapping[str, Any] = {
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.6,
-    },
-}
-# For classes that derive the head size: wide enough to rotate 6 of a head's 10 coordinates.
-_PARTIAL_ROTARY_WIDE: Mapping[str, Any] = {**_PARTIAL_ROTARY, "hidden_size": 90}
-_GPT2_SIZES: Mapping[str, Any] = {"n_embd": 54, "n_inner": 88, "n_head": 9, "n_layer": 3}
 _GRANITE: Mapping[str, Any] = {
     "embedding_multiplier": 3.1,
     "residual_multiplier": 0.6,
@@ -127,48 +87,8 @@ ZOO: Mapping[str, Entry] = {
     "phi3": Entry(model_type="phi3", config={"original_max_position_embeddings": 64}),
     "granite": Entry(model_type="granite", config=_GRANITE),
     "smollm3": Entry(model_type="smollm3", config={"no_rope_layer_interval": 3}),
-    "olmo": Entry(model_type="olmo"),
     "olmo2": Entry(model_type="olmo2"),
-    "glm4": Entry(model_type="glm4", config=_PARTIAL_ROTARY),
-    "cohere": Entry(model_type="cohere"),
-    "cohere_qk_norm": Entry(model_type="cohere", config={"use_qk_norm": True}),
-    "stablelm": Entry(model_type="stablelm", config={**_PARTIAL_ROTARY_WIDE, "use_qkv_bias": True}),
-    "stablelm_parallel": Entry(
-        model_type="stablelm",
-        config={**_PARTIAL_ROTARY_WIDE, "use_parallel_residual": True, "qk_layernorm": True},
-    ),
-    "starcoder2": Entry(model_type="starcoder2"),
-    "gpt_neox": Entry(model_type="gpt_neox", config=_PARTIAL_ROTARY_WIDE),
-    "gpt_neox_sequential": Entry(
-        model_type="gpt_neox", config={**_PARTIAL_ROTARY_WIDE, "use_parallel_residual": False}
-    ),
-    "gpt2": Entry(model_type="gpt2", config={**_GPT2_SIZES, "n_positions": 64}),
-    "gptj": Entry(
-        model_type="gptj",
-        config={**_GPT2_SIZES, "n_embd": 90, "rotary_dim": 6, "n_positions": 64},
-    ),
-    # CodeGen splits its fused projection into four blocks, so its heads must divide by 4.
-    "codegen": Entry(
-        model_type="codegen",
-        config={
-            **_GPT2_SIZES,
-            "n_embd": 60,
-            "n_head": 4,
-            "rotary_dim": 6,
-            "n_positions": 64,
-            "n_ctx": 64,
-        },
-    ),
-    "opt": Entry(model_type="opt", config={"ffn_dim": 88, "word_embed_proj_dim": 54}),
-    "phi": Entry(model_type="phi", config=_PARTIAL_ROTARY_WIDE),
-    "bloom": Entry(model_type="bloom", config={"n_head": 9, "n_layer": 3}),
-    "falcon": Entry(model_type="falcon", config={"ffn_hidden_size": 88, "bias": True}),
-    "falcon_new": Entry(
-        model_type="falcon",
-        config={"ffn_hidden_size": 88, "num_kv_heads": 3, "new_decoder_architecture": True},
-    ),
-    "nemotron": Entry(model_type="nemotron", config=_PARTIAL_ROTARY),
-    "bert": Entry(model_type="bert", config={"type_vocab_size": 5}, architecture="BertForMaskedLM"),
+    "glm4": Entry(model_type="glm4", config=PARTIAL_ROTARY),
     "mixtral": Entry(model_type="mixtral"),
     "qwen3_moe": Entry(
         model_type="qwen3_moe",
@@ -196,23 +116,6 @@ ZOO: Mapping[str, Entry] = {
         model_type="deepseek_v3", config={**_DEEPSEEK, "q_lora_rank": None}
     ),
     "gpt_oss": Entry(model_type="gpt_oss", config={"sliding_window": 4}),
-    # Its router picks two experts whatever the config says.
-    "phimoe": Entry(
-        model_type="phimoe",
-        config={"num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
-    ),
-    "dbrx": Entry(
-        model_type="dbrx",
-        config={
-            "d_model": 54,
-            "n_heads": 9,
-            "n_layers": 3,
-            "max_seq_len": 64,
-            "attn_config": {"kv_n_heads": 3, "clip_qkv": 8.0, "rope_theta": 10000.0},
-            "ffn_config": {"ffn_hidden_size": 88, "moe_num_experts": 5, "moe_top_k": 3},
-        },
-        undeclared=("attn_config.rope_theta",),
-    ),
     "granitemoe": Entry(model_type="granitemoe", config=_GRANITE),
     "minimax": Entry(
         model_type="minimax",
@@ -247,6 +150,7 @@ ZOO: Mapping[str, Entry] = {
             "chunk_size": 4,
         },
     ),
+    **LAYERNORM,
 }
 
 
@@ -304,10 +208,55 @@ def load(folder: Path, *, dtype: str = "float64") -> PreTrainedModel:
     return model
 
 
+def inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, torch.Tensor]:
+    """Random inputs of the kinds and sizes that `model` takes, the same for every model."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(4, SIZES["vocab_size"], (batch, length), generator=generator)
+    config = model.config
+    found: dict[str, torch.Tensor]
+    match model.main_input_name:
+        case "pixel_values":
+            size = config.image_size
+            images = _normal(torch.Size([batch, config.num_channels, size, size]), generator)
+            found = {"pixel_values": images.to(model.dtype)}
+        case "input_features":  # the encoder's second convolution halves the frames
+            frames = 2 * config.max_source_positions
+            spectra = _normal(torch.Size([batch, config.num_mel_bins, frames]), generator)
+            found = {"input_features": spectra.to(model.dtype)}
+        case _:
+            found = {"input_ids": ids}
+    if config.is_encoder_decoder:
+        found["decoder_input_ids"] = ids.flip(0, 1)
+    return found
+
+
 @torch.no_grad()
-def run(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
-    output: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
-    return output.to(model.dtype)
+def run(model: PreTrainedModel, given: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The logits of `model` on token ids or on its `inputs`.
+
+    Without a head, its last hidden states and what it pools from them, a row for every sequence.
+    """
+    named = {"input_ids": given} if isinstance(given, torch.Tensor) else given
+    generates = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None) is not None
+    with _default_dtype(model.dtype):
+        output = model(**named, **({"use_cache": False} if generates else {}))
+    found: torch.Tensor
+    if "logits" in output:
+        found = output.logits
+    else:
+        found = torch.cat([output.last_hidden_state.flatten(1), output.pooler_output], dim=1)
+    return found.to(model.dtype)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """float64 by default for a model in it: XGLM makes a mask of its lowest number by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype is torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def logits(folder: Path, input_ids: torch.Tensor, dtype: str = "float64") -> torch.Tensor:
@@ -342,7 +291,11 @@ def undeclared(config_class: type[PreTrainedConfig], config: Mapping[str, Any]) 
     """The keys of `config` that are no field of the class, nested ones as "parent.key"."""
     unknown = set(config) - _fields(config_class)
     for parent, nested_class in config_class.sub_configs.items():
-        nested = undeclared(nested_class, config.get(parent, {}))
+        given = config.get(parent, {})
+        if nested_class is AutoConfig:
+            nested_class = CONFIG_MAPPING[given["model_type"]]
+            given = {key: value for key, value in given.items() if key != "model_type"}
+        nested = undeclared(nested_class, given)
         unknown |= {f"{parent}.{key}" for key in nested}
     return unknown
 
@@ -369,7 +322,7 @@ def _randomise(model: nn.Module, generator: torch.Generator) -> None:
         parameter.copy_(_draw(model.get_submodule(path), leaf, parameter.shape, generator))
     for name, buffer in model.named_buffers():
         # The other buffers are tables, computed from the config.
-        if name.endswith("e_score_correction_bias"):
+        if name.endswith(("e_score_correction_bias", "final_logits_bias")):
             buffer.copy_(0.3 * _normal(buffer.shape, generator))
 
 
@@ -378,6 +331,8 @@ def _draw(
 ) -> torch.Tensor:
     if is_norm(module) and leaf == "weight":
         return _effective_gain(shape, generator) - (1.0 - identity_gain(module))
+    if "layerscale" in type(module).__name__.lower():
+        return _effective_gain(shape, generator)
     if isinstance(module, nn.Embedding):
         # Off centre: centering an embedding must not pass by doing nothing.
         return 0.2 + 0.5 * _normal(shape, generator)

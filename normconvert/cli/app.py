@@ -39,6 +39,14 @@ Dtype = Annotated[
     Literal["keep", "float32", "bfloat16", "float16"],
     typer.Option(help="The dtype to store all floating-point weights in."),
 ]
+Target = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="The model_type of a stock model to become, such as llama, if the two provably "
+        "compute the same. Stock format.",
+        show_default=False,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
@@ -100,6 +108,7 @@ def rmsnorm(
     model: Model,
     output: Output = None,
     format: Format = "native",
+    target: Target = None,
     tied: Tied = "keep",
     dtype: Dtype = "keep",
     dry_run: DryRun = False,
@@ -119,7 +128,8 @@ def rmsnorm(
         output,
         ("rmsnorm",),
         as_json=as_json,
-        format=format,
+        format="stock" if target else format,
+        target=target,
         tied=tied,
         dtype=dtype,
         dry_run=dry_run,

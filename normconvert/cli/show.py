@@ -165,12 +165,22 @@ def show_equivalence(report: Equivalence) -> None:
         ("KL divergence", lambda c: f"{c.kl:.2e}"),
         ("same top token", lambda c: f"{c.top1:.2%}"),
     )
+    if any(comparison.perplexity for comparison in report.comparisons):
+        rows = (
+            *rows,
+            ("perplexity, original", lambda c: _perplexity(c, 0)),
+            ("  converted", lambda c: _perplexity(c, 1)),
+        )
     for name, cell in rows:
         table.add_row(name, *(cell(comparison) for comparison in report.comparisons))
     console.print(table)
     _show_notes(console, report.notes)
     verdict = "[green]Equivalent[/]" if report.equivalent else "[red]Not equivalent[/]"
     console.print(f"{verdict}: {_why(report)}", soft_wrap=True)
+
+
+def _perplexity(comparison: Comparison, which: int) -> str:
+    return f"{comparison.perplexity[which]:.4g}" if comparison.perplexity else ""
 
 
 def _why(report: Equivalence) -> str:

@@ -45,7 +45,8 @@ class Comparison:
 
     `max` and `rms` are of the difference of the logits, `kl` is the mean over positions of
     KL(original || converted) in nats, `top1` the share of positions with the same most likely
-    token. `floor_max` and `floor_rms` are how far the original's logits move when the tensors
+    token, `perplexity` that of the two models on text (None: they predict no next token).
+    `floor_max` and `floor_rms` are how far the original's logits move when the tensors
     in which the two differ are perturbed within the rounding of their stored dtype.
     """
 
@@ -55,6 +56,7 @@ class Comparison:
     rms: float
     kl: float
     top1: float
+    perplexity: tuple[float, float] | None
     floor_max: float
     floor_rms: float
     equivalent: bool

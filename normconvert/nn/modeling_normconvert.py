@@ -12,9 +12,9 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -321,6 +321,15 @@ _SIZES = (  # the attributes in which layers remember the shape of their weight
     (nn.modules.conv._ConvNd, ("out_channels",)),
 )
 
+# Where transformers finds what goes with a model, if the files beside it do not say.
+_COMPANIONS = (
+    "TOKENIZER_MAPPING",
+    "PROCESSOR_MAPPING",
+    "FEATURE_EXTRACTOR_MAPPING",
+    "IMAGE_PROCESSOR_MAPPING",
+    "VIDEO_PROCESSOR_MAPPING",
+)
+
 
 class NormconvertConfig(PreTrainedConfig):  # type: ignore[misc]
     """config.json of a converted checkpoint: that of its stock model, and what was changed.
@@ -334,18 +343,28 @@ class NormconvertConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration, with its model class registered for the Auto classes."""
+        """The configuration, with what belongs to it registered for the Auto classes."""
         changes = config_dict[MODEL_TYPE]
-        config_class = _config_class(CONFIG_MAPPING[changes["model_type"]])
+        stock = CONFIG_MAPPING[changes["model_type"]]
+        config_class = _config_class(stock)
         found = config_class.from_dict(config_dict, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         for name in changes["auto_classes"]:
             getattr(transformers, name).register(config_class, model_class(config), exist_ok=True)
+        for name in _COMPANIONS:  # one whose requirements are not installed is no mapping
+            mapping = getattr(transformers, name)
+            if isinstance(mapping, dict) and stock in mapping:
+                cast("Any", mapping).register(config_class, mapping[stock], exist_ok=True)
         return found
 
 
 class _ConvertedConfig:
     """What a converted configuration does other than its stock class."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As `AutoConfig` does it: transformers would look for a part of the file of the type."""
+        return NormconvertConfig.from_pretrained(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -361,11 +380,17 @@ class _ConvertedConfig:
         names = [PREFIX + name for name in found.get("architectures") or []]
         return {**found, "architectures": names, "model_type": MODEL_TYPE}
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the configuration, and this file with it. Saving a model comes here, too."""
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+        shutil.copyfile(__file__, Path(save_directory, f"modeling_{MODEL_TYPE}.py"))
+
 
 class _ConvertedModel:
     """What a converted model does other than its stock class."""
 
     config: Any
+    all_tied_weights_keys: dict[str, str]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -375,11 +400,16 @@ class _ConvertedModel:
     def post_init(self) -> None:
         change_modules(cast("nn.Module", self), self.config.normconvert)
         super().post_init()  # type: ignore[misc]
+        self.all_tied_weights_keys = self._existing(self.all_tied_weights_keys)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save the model, and this file with it."""
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
-        shutil.copyfile(__file__, Path(save_directory, f"modeling_{MODEL_TYPE}.py"))
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Blocks with the same weights are tied: not by the gains that they have no more."""
+        found = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
+        return self._existing(found)
+
+    def _existing(self, tied: dict[str, str]) -> dict[str, str]:
+        names = {*self.state_dict()}  # type: ignore[attr-defined]
+        return {target: source for target, source in tied.items() if {target, source} <= names}
 
 
 @cache
@@ -401,10 +431,24 @@ def model_class(config: Any) -> type[Any]:
     return _model_class(stock, type(config))  # type: ignore[arg-type]
 
 
+if not TYPE_CHECKING:  # which a function for all names would end
+
+    def __getattr__(name: str) -> type[Any]:
+        """A converted class by its name: where pickle looks for it."""
+        stock = getattr(transformers, name.removeprefix(PREFIX), None)
+        if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
+            return _config_class(stock)
+        if isinstance(getattr(stock, "config_class", None), type):
+            return _model_class(stock, _config_class(stock.config_class))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def change_modules(model: nn.Module, changes: dict[str, Any]) -> None:
     """Put the norms in, resize the weights, add the biases and the recenterings."""
     for spec in changes["norms"]:
-        norm = _norm(**spec)
+        norm: Any = _norm(**spec)
+        # Neutral as it is made; the stock code would need a gain, or would not know of 1 + w.
+        norm._is_hf_initialized = norm.weight is None or not norm.weight.is_meta
         model.set_submodule(spec["module"], norm)
         if isinstance(norm, _LateCRMSNorm):
             path, _, at = spec["reader"].partition(" ")
@@ -478,16 +522,31 @@ def set_sizes(module: nn.Module, shape: Sequence[int]) -> None:
 
 
 def _alter(module: nn.Module, at: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Change the `output` of a module, or its `input KEY`."""
+    """Change the `output` of a module, or its `input KEY`.
+
+    By hooks that can be copied and pickled: those of a copy use the norms of the copy.
+    """
     if at == "output":
-        module.register_forward_hook(lambda _, inputs, output: change(output))
-        return
-    key = at.removeprefix("input ")
+        module.register_forward_hook(partial(_change_output, change))
+    else:
+        before = partial(_change_input, change, at.removeprefix("input "))
+        module.register_forward_pre_hook(before, with_kwargs=True)
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if key in kwargs:
-            return args, {**kwargs, key: change(kwargs[key])}
-        place = int(key)
-        return (*args[:place], change(args[place]), *args[place + 1 :]), kwargs
 
-    module.register_forward_pre_hook(before, with_kwargs=True)
+def _change_output(
+    change: Callable[[torch.Tensor], torch.Tensor], _: nn.Module, args: Any, output: torch.Tensor
+) -> torch.Tensor:
+    return change(output)
+
+
+def _change_input(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    key: str,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if key in kwargs:
+        return args, {**kwargs, key: change(kwargs[key])}
+    place = int(key)
+    return (*args[:place], change(args[place]), *args[place + 1 :]), kwargs

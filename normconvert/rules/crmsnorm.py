@@ -51,10 +51,10 @@ def crmsnorm(graph: Graph, origins: Origins, draft: Draft, request: Request) -> 
     for tensor in readers.keys() - kept:
         expressions[tensor] = MinusLast(expressions[tensor], readers[tensor].axis)
     for tensor in writers.keys() - kept:
-        writer = writers[tensor]
-        expressions[tensor] = DropLast(expressions[tensor], writer.axis)
-        if writer.over is not None:
-            expressions[writer.over] = DropLast(expressions[writer.over], 0)
+        expressions[tensor] = DropLast(expressions[tensor], writers[tensor].axis)
+    for over in {writers[tensor].over for tensor in writers.keys() - kept}:
+        if over is not None:
+            expressions[over] = DropLast(expressions[over], 0)
     before = {v.norm: v for v in draft.verdicts if v.rule == "rmsnorm"}
     return replace(
         draft,

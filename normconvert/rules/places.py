@@ -63,14 +63,15 @@ def passed_on(graph: Graph, shifts: Shifts, value: int) -> set[int]:
 def place_behind(graph: Graph, shifts: Shifts, value: int) -> Recentering | None:
     """In front of which module `value` arrives, with all its features, and nowhere else."""
     known = places(graph)
+    outputs = {output for _, output in graph.outputs}
     shift = Shift(len(graph.values[value].shape) - 1)
     found = None
     while True:
         place = known.get(value)
-        if place is not None and place.at != "output":
+        if place is not None and place.at != "output" and value not in outputs:
             found = place
         readers = graph.live_consumers.get(value, ())
-        if len(readers) != 1 or graph.nodes[readers[0]].inputs != (value,):
+        if value in outputs or len(readers) != 1 or graph.nodes[readers[0]].inputs != (value,):
             return found
         moved = shifts.through(readers[0], 0, shift)
         if moved is None or len(moved) != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ from normconvert.trace.recognise import Formula, recognise
 from normconvert.trace.recorder import Recorder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from transformers import PreTrainedModel
 
     from normconvert.source import Checkpoint
@@ -38,13 +41,18 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
     """
     with quiet():
         model_class, config = resolve(checkpoint, trust_remote_code)
+    return recorded(partial(_trace, checkpoint, model_class, config))
+
+
+def recorded(run: Callable[[Recorder], Graph]) -> Graph:
+    """What `run` makes with a recorder; a second one if the model's code loops over a search."""
     try:
-        return _trace(checkpoint, model_class, config, Recorder())
+        return run(Recorder())
     except TraceError as error:
         if not isinstance(error.__cause__, GuardOnDataDependentSymNode):
             raise
         # A loop over what a search finds, such as the experts that are hit, needs a number.
-        return _trace(checkpoint, model_class, config, Recorder(found=FOUND))
+        return run(Recorder(found=FOUND))
 
 
 def _trace(
@@ -89,6 +97,9 @@ def record(
     try:
         with torch.device(model.device):
             inputs = trace_inputs(model, BATCH, LENGTH)
+        for name, given in inputs.items():
+            if isinstance(given, torch.Tensor) and given.is_floating_point():
+                inputs[name] = given.to(model.dtype)
         with calls, recorder:
             output = model(**inputs)
     except Exception as error:  # the model's own code may raise anything

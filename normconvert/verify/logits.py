@@ -14,7 +14,7 @@ from accelerate.utils import get_max_memory
 from normconvert.errors import VerificationError, first_line
 from normconvert.ir.event import Event, Listener
 from normconvert.ir.report import Comparison, Equivalence
-from normconvert.model_class import resolve
+from normconvert.model_class import auto_classes, resolve
 from normconvert.precision import float64
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
@@ -42,7 +42,9 @@ def compare(
 
     Both are run on the same input. Then the tensors in which they differ are perturbed in the
     original within the rounding of their stored dtype, three times; they are equivalent if
-    their outputs differ by at most four times what that does.
+    their outputs differ by at most four times what that does. Where tensors have another shape
+    (on d - 1 coordinates the last is minus the sum of the others, with the rounding of all of
+    them), it is the converted model that is perturbed.
 
     Raises:
         VerificationError: one of them cannot be loaded whole or cannot be run.
@@ -53,21 +55,32 @@ def compare(
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code)
         reference = run.outputs(model, sets)
-        before = _digests(model)
+        generates = "AutoModelForCausalLM" in auto_classes(type(model), model.config)
+        before, shapes = _digests(model), _shapes(model)
         del model
         model = run.load(converted)
         candidate = run.outputs(model, sets)
         _refuse_other_shapes(reference, candidate)
-        differing = _differing(before, _digests(model))
+        after = _digests(model)
+        resized = any(shapes.get(name, shape) != shape for name, shape in _shapes(model).items())
         del model
-        floor = []
+        differing = _differing(before, after)
+        floors = []
         for seed in range(_FLOOR_RUNS if differing else 0):
-            model = run.load(original)
-            _perturb(model, differing, original, converted, seed)
-            floor.append(run.outputs(model, sets))
+            model = run.load(converted if resized else original)
+            moving = _differing(after, before) if resized else differing
+            _perturb(model, moving, original, converted, seed)
+            moved = run.outputs(model, sets)
+            floors.append(_distances(candidate if resized else reference, moved))
             del model
     comparisons = tuple(
-        _comparison(name, reference[name], candidate[name], [each[name] for each in floor])
+        _comparison(
+            name,
+            reference[name],
+            candidate[name],
+            [each[name] for each in floors],
+            sets[name]["input_ids"] if name == "text" and generates else None,
+        )
         for name in reference
     )
     return Equivalence(
@@ -191,6 +204,10 @@ def _parameters(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
+def _shapes(model: Any) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in _parameters(model).items()}
+
+
 def _digests(model: Any) -> dict[str, bytes]:
     """A hash of every tensor, by its name in the model: two models need not fit in memory."""
     return {
@@ -249,10 +266,13 @@ def _refuse_other_shapes(
 
 
 def _comparison(
-    name: str, reference: torch.Tensor, candidate: torch.Tensor, floor: list[torch.Tensor]
+    name: str,
+    reference: torch.Tensor,
+    candidate: torch.Tensor,
+    floors: list[tuple[float, float]],
+    text: torch.Tensor | None,
 ) -> Comparison:
     largest, rms = _distance(reference, candidate)
-    floors = [_distance(reference, moved) for moved in floor]
     floor_max = max((each[0] for each in floors), default=0.0)
     floor_rms = max((each[1] for each in floors), default=0.0)
     p, q = (logits.to(torch.float64).log_softmax(-1) for logits in (reference, candidate))
@@ -263,10 +283,24 @@ def _comparison(
         rms=rms,
         kl=float((p.exp() * (p - q)).sum(-1).mean()),
         top1=float((reference.argmax(-1) == candidate.argmax(-1)).to(torch.float64).mean()),
+        perplexity=None if text is None else (_perplexity(p, text), _perplexity(q, text)),
         floor_max=floor_max,
         floor_rms=floor_rms,
         equivalent=largest <= _TIMES_FLOOR * floor_max and rms <= _TIMES_FLOOR * floor_rms,
     )
+
+
+def _perplexity(log_probabilities: torch.Tensor, ids: torch.Tensor) -> float:
+    """exp of the mean loss on the next token."""
+    count, length = ids.shape
+    predicted = log_probabilities.reshape(count, length, -1)[:, :-1]
+    return float(predicted.gather(-1, ids[:, 1:, None]).mean().neg().exp())
+
+
+def _distances(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
+) -> dict[str, tuple[float, float]]:
+    return {name: _distance(tensor, other[name]) for name, tensor in one.items()}
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
