@@ -66,6 +66,7 @@ def auto_classes(model_class: type[PreTrainedModel], config: Any) -> tuple[str, 
 
 
 def _stock_class(checkpoint: Checkpoint, config: Any) -> type[PreTrainedModel]:
+    import torch
     import transformers
 
     named = checkpoint.config.get("architectures") or []
@@ -76,7 +77,11 @@ def _stock_class(checkpoint: Checkpoint, config: Any) -> type[PreTrainedModel]:
         )
     for name in named:
         found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        if (
+            isinstance(found, type)
+            and issubclass(found, transformers.PreTrainedModel)
+            and getattr(found, "forward", None) is not torch.nn.Module.forward
+        ):
             return found
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in mapping:

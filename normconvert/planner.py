@@ -75,7 +75,11 @@ def make_plan(
         draft = _cut_ties(graph, origins, draft)
     edits = _edits(checkpoint, draft, dtype)
     _require_floating(checkpoint, edits)
-    config: dict[str, object] = {} if dtype == "keep" else {"dtype": dtype}
+    config: dict[str, object] = {}
+    if dtype != "keep":
+        config["dtype"] = dtype
+        if "torch_dtype" in checkpoint.config:  # its older name, which others go by
+            config["torch_dtype"] = dtype
     if draft.copies:
         config["tie_word_embeddings"] = False  # makes transformers keep tied parameters apart
     return Plan(
@@ -86,7 +90,7 @@ def make_plan(
         omitted=tuple(name for name in checkpoint.tensors if name in draft.omitted),
         native=merged(before, _native(graph, origins, draft, rules)) if native else None,
         config=tuple(config.items()),
-        notes=_notes(graph, edits),
+        notes=(*_notes(graph, edits), *_adapter_notes(checkpoint, edits)),
     )
 
 
@@ -195,6 +199,15 @@ def _require_floating(checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> None:
                     f"{checkpoint.tensors[name].dtype}; it would have to change, and only "
                     "floating-point weights can. Convert the unquantised checkpoint."
                 )
+
+
+def _adapter_notes(checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> tuple[str, ...]:
+    """Adapters are differences from the weights, and stay as they are."""
+    found = min(checkpoint.folder.rglob("adapter_config.json"), default=None)
+    if found is None or not edits:
+        return ()
+    place = found.relative_to(checkpoint.folder).parent
+    return (f"The adapter in {place} fits the original's weights, not the converted ones.",)
 
 
 def _notes(graph: Graph, edits: tuple[Edit, ...]) -> tuple[str, ...]:

@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from normconvert.errors import PlanError, TraceError
 from normconvert.ir.native import native_of, starred
+from normconvert.ir.plan import Dtype, Format, Tied
 from normconvert.planner import REWRITES, make_plan
 from normconvert.rewrite import IDENTITY, examine, preview, rules_in_manifest
 from normconvert.trace import trace
 
 if TYPE_CHECKING:
     from normconvert.ir.graph import Graph
-    from normconvert.ir.plan import Dtype, Format, Plan, Tied
+    from normconvert.ir.plan import Plan
     from normconvert.source import Checkpoint
+
+
+FORMATS, TIED = get_args(Format), get_args(Tied)
+DTYPES = (*get_args(Dtype), "float64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +117,15 @@ _DONE = {
 
 
 def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
+    words = {"format": FORMATS, "tied": TIED, "dtype": DTYPES}
+    for name, allowed in words.items():
+        if getattr(request, name) not in allowed:
+            raise PlanError(
+                f"{name} is {getattr(request, name)!r}; it may be {', '.join(allowed)}."
+            )
+    for rewrite in request.rewrites:
+        if rewrite not in REWRITES:
+            raise PlanError(f"There is no rewrite {rewrite!r}; there are {', '.join(REWRITES)}.")
     if not 0 < request.fraction <= 1:
         raise PlanError(f"The fraction {request.fraction:g} is not between 0 and 1.")
     known = native_of(checkpoint.config)

@@ -107,10 +107,14 @@ assert not heavy, heavy
 OPTIONS = {
     "": {"--version", "--help"},
     "flashnorm": {
-        "-o", "--output", "--format <stock>", "--tied <keep|untie>",
+        "-o", "--output", "--format <stock|native>", "--tied <keep|untie>",
         "--dtype <keep|float32|bfloat16|float16>", "--dry-run", "--no-verify", "--force",
         "--revision", "--trust-remote-code", "--json", "--debug",
     },
+    "rmsnorm": {"--format <stock|native>", "--target", "--tied <keep|untie>", "--force"},
+    "crmsnorm": {"--tied <keep|untie>", "--force"},
+    "prmsnorm": {"--fraction", "--force"},
+    "run": {"--model", "-o", "--output", "--dry-run", "--force"},
     "inspect": {"--tied <keep|untie>", "--revision", "--trust-remote-code", "--json", "--debug"},
     "verify-equivalence": {
         "--json", "--text", "--dtype <float64|float32|bfloat16|float16>",
@@ -240,7 +244,14 @@ def test_the_manifest(converted: Path, originals: Path) -> None:
     manifest = json.loads(text)
     assert manifest["normconvert"] == normconvert.__version__
     assert manifest["source"] == {"model": "llama", "commit": None}
-    assert manifest["options"] == {"format": "stock", "tied": "keep", "dtype": "keep"}
+    assert manifest["options"] == {
+        "rewrites": ["flashnorm"],
+        "format": "stock",
+        "tied": "keep",
+        "dtype": "keep",
+        "fraction": 0.0625,
+        "target": None,
+    }
     assert Plan.from_json(manifest["plan"]) == normconvert.inspect(originals / "llama").plan
     again = Plan.from_json(manifest["plan"]).to_json()
     assert json.loads(json.dumps(again)) == manifest["plan"]

@@ -38,9 +38,9 @@ WITHOUT_CENTERING = 1e-2
 
 # LayerNorms that are not on a stream, or on one whose mean is seen, by a part of their reason.
 KEPT: Mapping[str, Mapping[str, str]] = {
-    # The embedding's LayerNorm reads a tied embedding: recentering that saves nothing.
-    "bloom": {"transformer.word_embeddings_layernorm": "cost as much as it saves"},
-    "cohere_qk_norm": {"*.q_layernorm.norms.*": "", "*.k_layernorm.norms.*": ""},
+    # What it reads is no residual stream: recentering it would be a LayerNorm in two steps.
+    "bloom": {"transformer.word_embeddings_layernorm": "tied to lm_head"},
+    "cohere_qk_norm": {"*.q_norm": "", "*.k_norm": ""},
     "stablelm_parallel": {"*.q_layernorm.norms.*": "", "*.k_layernorm.norms.*": ""},
     "persimmon": {"*.q_layernorm": "", "*.k_layernorm": ""},
     "fuyu": {"*.q_layernorm": "", "*.k_layernorm": ""},
@@ -64,8 +64,8 @@ RECENTERED: Mapping[str, tuple[str, ...]] = {
 REFUSED: Mapping[str, str] = {
     "opt_post_norm": "without a LayerNorm in between",
     "opt_projected_post_norm": "without a LayerNorm in between",
-    "bloom_post_norm_residual": "cost as much as it saves",
-    "bert": "cost as much as it saves",
+    "bloom_post_norm_residual": "tied to lm_head",
+    "bert": "tied to cls",
 }
 CONVERTED = sorted(set(LAYERNORM) - set(REFUSED))
 UNTIED = ("gpt2", "bloom", "xglm", "whisper", "pegasus", "cohere", "falcon")

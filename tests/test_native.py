@@ -67,11 +67,12 @@ GPT2_CRMS = Case("tiny-gpt2", "crmsnorm")
 LLAMA = Case("tiny-llama", "flashnorm")
 PRMS = Case("tiny-llama", "prmsnorm")  # of all coordinates, which makes it exact
 NEOX = Case("gpt_neox", "crmsnorm")
-STABLELM = Case("stablelm", "crmsnorm")  # norms that give back all coordinates where they are read
+STABLELM = Case("stablelm", "crmsnorm")
 MIXTRAL = Case("mixtral", "flashnorm")
 PHIMOE = Case("phimoe", "rmsnorm")
 GEMMA = Case("gemma", "flashnorm")  # gains of 1 + w
-CASES = (GPT2_RMS, GPT2_CRMS, LLAMA, PRMS, NEOX, STABLELM, MIXTRAL, PHIMOE, GEMMA)
+ZAMBA = Case("zamba2", "flashnorm")  # gains of shared blocks
+CASES = (GPT2_RMS, GPT2_CRMS, LLAMA, PRMS, NEOX, STABLELM, MIXTRAL, PHIMOE, GEMMA, ZAMBA)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -255,7 +256,8 @@ def test_carried_code_needs_no_normconvert(pairs: Pairs, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "order", ["import normconvert, transformers", "import transformers.models.auto, normconvert"]
+    "order",
+    ["import normconvert", "from transformers import AutoModelForCausalLM; import normconvert"],
 )
 def test_normconvert_loads_it_whichever_is_imported_first(
     order: str, pairs: Pairs, tmp_path: Path
@@ -548,7 +550,7 @@ def test_gradient_checkpointing(case: Case, pairs: Pairs) -> None:
         assert_same(other_gradients[name], gradient)
 
 
-@pytest.mark.parametrize("case", [GPT2_CRMS, LLAMA, GEMMA, STABLELM, MIXTRAL], ids=str)
+@pytest.mark.parametrize("case", [GPT2_CRMS, LLAMA, GEMMA, STABLELM, MIXTRAL, ZAMBA], ids=str)
 def test_from_config_makes_a_new_model(case: Case, pairs: Pairs) -> None:
     pair = pairs(case)
     config = AutoConfig.from_pretrained(pair.output)

@@ -119,7 +119,7 @@ def rmsnorm(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Turn the LayerNorms of a Pre-LayerNorm model into RMSNorms, and fold their gains.
+    """Turn LayerNorms into RMSNorms, and fold their gains.
 
     This is Pre-RMSNorm, arXiv 2305.14858.
     """
@@ -154,7 +154,7 @@ def crmsnorm(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Turn LayerNorms into CRMSNorms on one coordinate less, and fold their gains.
+    """Turn LayerNorms into CRMSNorms, on d - 1 coordinates.
 
     This is Pre-CRMSNorm, arXiv 2305.14858.
     """
@@ -191,7 +191,7 @@ def prmsnorm(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Estimate the RMS of every RMSNorm from some coordinates: an approximation.
+    """Make RMSNorms partial ones, which is an approximation.
 
     This is pRMSNorm, arXiv 1910.07467. The report says how far the model moves.
     """

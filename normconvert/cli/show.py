@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from normconvert.ir.plan import Plan, Verdict
@@ -30,7 +31,7 @@ class _Group:
 
 def show_inspection(report: Inspection) -> None:
     """The table of norms, the reasons of those that stay, the totals."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     plan = report.plan
     becomes = (
         {v.norm: v for v in report.rmsnorm.verdicts if v.rule == "rmsnorm"}
@@ -38,7 +39,7 @@ def show_inspection(report: Inspection) -> None:
         else {}
     )
     groups = _grouped(plan.verdicts, becomes)
-    table = Table(title=f"{plan.model}: {report.model}", title_justify="left", expand=False)
+    table = Table(title=escape(f"{plan.model}: {report.model}"), title_justify="left", expand=False)
     table.add_column("Norm", overflow="fold")
     table.add_column("", justify="right")
     table.add_column("Computes", overflow="fold")
@@ -87,14 +88,14 @@ def _verdict(changes: bool, word: str) -> str:
 
 def show_conversion(report: Conversion) -> None:
     """What was done, and the verification's verdict."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     inspection, plan = report.inspection, report.inspection.plan
     if report.status == "unchanged":
         console.print(
-            f"{inspection.model} is converted already: every gain that could fold is the "
+            f"{escape(inspection.model)} is converted already: every gain that could fold is the "
             "identity. Nothing was written."
             if plan.native is None and "rmsnorm" not in plan.rules
-            else f"{inspection.model} is converted already. Nothing was written.",
+            else f"{escape(inspection.model)} is converted already. Nothing was written.",
             soft_wrap=True,
         )
         return
@@ -126,10 +127,12 @@ def show_conversion(report: Conversion) -> None:
         return
     if report.verification is not None:
         show_equivalence(report.verification)
+    if plan.changed("prmsnorm"):
+        console.print("A pRMSNorm is an approximation: this is how far it moves the model.")
     if report.status == "rejected":
         console.print("[red]The output is not equivalent; it was removed.[/]")
     else:
-        console.print(f"Wrote {report.output}", soft_wrap=True)
+        console.print(f"Wrote {escape(str(report.output))}", soft_wrap=True)
 
 
 def _done(plan: Plan) -> str:
@@ -152,7 +155,7 @@ def _done(plan: Plan) -> str:
 
 def show_equivalence(report: Equivalence) -> None:
     """The verdict with the figures that it rests on."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     table = Table(title=f"Logits, computed in {report.dtype}", title_justify="left")
     table.add_column("")
     for comparison in report.comparisons:
@@ -211,12 +214,14 @@ def _grouped(
     groups: dict[_Group, int] = {}
     for verdict in verdicts:
         group = _Group(
-            norm=_LAYER.sub("*", verdict.norm),
+            norm=escape(_LAYER.sub("*", verdict.norm)),
             computes=_formula(verdict),
             readers=", ".join(dict.fromkeys(_short(reader) for reader in verdict.readers)) or "-",
             action=verdict.action,
-            reason=_LAYER.sub("*", verdict.reason),
-            becomes=becomes is not None and becomes[verdict.norm].action != "keep",
+            reason=escape(_LAYER.sub("*", verdict.reason)),
+            becomes=becomes is not None
+            and verdict.norm in becomes
+            and becomes[verdict.norm].action != "keep",
         )
         groups[group] = groups.get(group, 0) + 1
     return groups
@@ -248,4 +253,4 @@ def _size(count: int) -> str:
 
 def _show_notes(console: Console, notes: Iterable[str]) -> None:
     for note in notes:
-        console.print(f"Note: {note}", soft_wrap=True)
+        console.print(escape(f"Note: {note}"), soft_wrap=True)

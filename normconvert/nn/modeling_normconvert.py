@@ -390,7 +390,6 @@ class _ConvertedModel:
     """What a converted model does other than its stock class."""
 
     config: Any
-    all_tied_weights_keys: dict[str, str]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -398,18 +397,22 @@ class _ConvertedModel:
         return False
 
     def post_init(self) -> None:
-        change_modules(cast("nn.Module", self), self.config.normconvert)
+        model: Any = self
+        change_modules(model, self.config.normconvert)
+        for part in model.children():
+            if hasattr(part, "all_tied_weights_keys"):
+                part.all_tied_weights_keys = _existing(part, part.all_tied_weights_keys)
         super().post_init()  # type: ignore[misc]
-        self.all_tied_weights_keys = self._existing(self.all_tied_weights_keys)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Blocks with the same weights are tied: not by the gains that they have no more."""
         found = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
-        return self._existing(found)
+        return _existing(cast("nn.Module", self), found)
 
-    def _existing(self, tied: dict[str, str]) -> dict[str, str]:
-        names = {*self.state_dict()}  # type: ignore[attr-defined]
-        return {target: source for target, source in tied.items() if {target, source} <= names}
+
+def _existing(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:
+    """Of the tied weights those that exist: shared blocks are tied by gains that may be gone."""
+    names = {*model.state_dict()}
+    return {target: source for target, source in tied.items() if {target, source} <= names}
 
 
 @cache

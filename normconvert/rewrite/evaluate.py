@@ -242,6 +242,8 @@ class Evaluator:
         dtype = TORCH_DTYPE[tensor.dtype]
         row_bytes = columns * dtype.itemsize
         block = torch.empty((stop - start, columns), dtype=dtype)
+        if not block.numel():
+            return block
         buffer = block.view(torch.uint8).numpy().data.cast("B")
         file, offset = self._files[self._paths[name]], tensor.start + start * row_bytes
         while buffer:

@@ -130,7 +130,8 @@ def _write_index(layouts: tuple[Layout, ...], checkpoint: Checkpoint, folder: Pa
         return
     kept = {name: shard for name, shard in index["weight_map"].items() if name in weight_map}
     index["weight_map"] = {**kept, **weight_map}
-    index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+    metadata = index.get("metadata")
+    index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -258,7 +258,7 @@ class _Finder:
         conflicts: Set[int],
     ) -> dict[int, Recentering] | Obstacle:
         """Where to recenter so that nothing blocked is left: one place if possible."""
-        if not self._recenter:
+        if not self._recenter or not any(self._goes_on(*each) for each in reach.values.items()):
             return next(iter(blocked.values()))
         order = sorted(reach.values, key=lambda value: self._graph.producers.get(value, -1))
         legal = {v: p for v in order if (p := self._place(v, reach.values[v])) is not None}
@@ -280,6 +280,20 @@ class _Finder:
                     Obstacle(stop.reason) if stop and value not in self._graph.leaf_names else why
                 )
             several[place] = legal[place]
+
+    def _goes_on(self, value: int, shift: Shift) -> bool:
+        """Whether a LayerNorm reads `value` and it is passed on as well: a residual stream.
+
+        Elsewhere, as on queries and keys, recentering would only take a LayerNorm in two.
+        """
+        absorbed = passed = False
+        for position in self._graph.live_consumers.get(value, ()):
+            for operand, each in enumerate(self._graph.nodes[position].inputs):
+                if each == value:
+                    absorbs = self._shifts.absorbs(position, operand, shift)
+                    absorbed |= absorbs
+                    passed |= not absorbs and bool(self._shifts.through(position, operand, shift))
+        return absorbed and passed
 
     def _nearest(self, value: int, reach: _Reach, legal: Mapping[int, Recentering]) -> int | None:
         """The first place on the way from `value` into the stream."""

@@ -233,11 +233,9 @@ def _perturb(
         tensor = getattr(module, attribute)
         if not tensor.is_floating_point():
             continue
-        stored = max(
-            (_stored(checkpoint, name) for checkpoint in (original, converted)),
-            key=lambda dtype: torch.finfo(dtype).eps,
-        )
-        noisy = perturbed(tensor.detach(), stored, generator)
+        stored = (_stored(checkpoint, name) for checkpoint in (original, converted))
+        coarsest = max((*stored, tensor.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        noisy = perturbed(tensor.detach(), coarsest, generator)
         if attribute in module._parameters:
             setattr(module, attribute, torch.nn.Parameter(noisy, requires_grad=False))
         else:
