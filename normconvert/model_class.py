@@ -66,9 +66,9 @@ def auto_classes(model_class: type[PreTrainedModel], config: Any) -> tuple[str, 
 
 
 def _stock_class(checkpoint: Checkpoint, config: Any) -> type[PreTrainedModel]:
-    import torch
     import transformers
 
+    no_forward = getattr(transformers.PreTrainedModel, "forward", None)
     named = checkpoint.config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise TraceError(
@@ -80,7 +80,7 @@ def _stock_class(checkpoint: Checkpoint, config: Any) -> type[PreTrainedModel]:
         if (
             isinstance(found, type)
             and issubclass(found, transformers.PreTrainedModel)
-            and getattr(found, "forward", None) is not torch.nn.Module.forward
+            and getattr(found, "forward", None) is not no_forward
         ):
             return found
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
