@@ -1,0 +1,65 @@
+"""Recipes: what a YAML file may say, and what is said about one that makes no sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from command_line import nothing_written, run, run_here
+from normconvert.recipe import Recipe, RecipeError, read_recipe
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def read(text: str, folder: Path) -> Recipe:
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return read_recipe(folder / "recipe.yaml")
+
+
+def test_a_recipe(tmp_path: Path) -> None:
+    text = "steps: [rmsnorm, flashnorm]\nformat: stock\ntied: untie\ndtype: bfloat16\nverify: false"
+    assert read(text, tmp_path) == Recipe(
+        steps=("rmsnorm", "flashnorm"), format="stock", tied="untie", dtype="bfloat16", verify=False
+    )
+    assert read("steps: [flashnorm]", tmp_path) == Recipe(steps=("flashnorm",))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: flashnorm", "steps in .* is 'flashnorm'; give a list of flashnorm, rmsnorm"),
+        ("steps: []", "steps in"),
+        ("steps: [flashnorm, quarot]", "quarot"),
+        ("format: stock", "steps in .* is None"),
+        ("steps: [flashnorm]\nformat: gguf", "format in .* is 'gguf'; it may be stock, native"),
+        ("steps: [flashnorm]\ntide: untie", "the key 'tide'; a recipe may have steps, format"),
+        ("steps: [flashnorm]\nverify: maybe", "verify in .* is 'maybe'; it may be True, False"),
+        ("steps: [flashnorm]\npush: me/model", "push in"),
+        ("steps: [prmsnorm]\nfraction: half", "fraction in .* is 'half'; give a number"),
+        ("steps: [prmsnorm]\nfraction: true", "fraction in"),
+        ("- flashnorm", "is not a recipe"),
+        ("", "is not a recipe"),
+        ("steps: [", "is not YAML"),
+        ("!!python/object/apply:os.system ['true']", "is not YAML"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=words):
+        read(text, tmp_path)
+
+
+def test_a_recipe_that_is_missing(tmp_path: Path) -> None:
+    with nothing_written(tmp_path):
+        result = run_here("run", "no.yaml", "--model", "llama", cwd=tmp_path)
+    result.assert_refused("no.yaml", "cannot be read")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_recipes(path: Path, tmp_path: Path) -> None:
+    model = "tiny-llama" if path.stem.startswith("flashnorm") else "tiny-gpt2"
+    result = run("run", str(path), "--model", str(MODELS / model), "--dry-run", cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert "of 9" in result.out
+    assert not list(tmp_path.iterdir())
