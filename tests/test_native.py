@@ -67,12 +67,25 @@ GPT2_CRMS = Case("tiny-gpt2", "crmsnorm")
 LLAMA = Case("tiny-llama", "flashnorm")
 PRMS = Case("tiny-llama", "prmsnorm")  # of all coordinates, which makes it exact
 NEOX = Case("gpt_neox", "crmsnorm")
-STABLELM = Case("stablelm", "crmsnorm")
+XGLM = Case("xglm", "crmsnorm")  # recentered where the first layer reads
 MIXTRAL = Case("mixtral", "flashnorm")
 PHIMOE = Case("phimoe", "rmsnorm")
+PHIMOE_CRMS = Case("phimoe", "crmsnorm")  # modules that need all coordinates
 GEMMA = Case("gemma", "flashnorm")  # gains of 1 + w
 ZAMBA = Case("zamba2", "flashnorm")  # gains of shared blocks
-CASES = (GPT2_RMS, GPT2_CRMS, LLAMA, PRMS, NEOX, STABLELM, MIXTRAL, PHIMOE, GEMMA, ZAMBA)
+CASES = (
+    GPT2_RMS,
+    GPT2_CRMS,
+    LLAMA,
+    PRMS,
+    NEOX,
+    XGLM,
+    MIXTRAL,
+    PHIMOE,
+    PHIMOE_CRMS,
+    GEMMA,
+    ZAMBA,
+)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -241,7 +254,7 @@ def loaded_elsewhere(before: str, folders: list[Path], cwd: Path, **options: Any
 
 
 def test_carried_code_needs_no_normconvert(pairs: Pairs, tmp_path: Path) -> None:
-    found = {case: pairs(case) for case in (GPT2_RMS, GPT2_CRMS, LLAMA, STABLELM, MIXTRAL, PHIMOE)}
+    found = {case: pairs(case) for case in (GPT2_RMS, GPT2_CRMS, LLAMA, XGLM, MIXTRAL, PHIMOE)}
     outputs = [pair.output for pair in found.values()]
     result = loaded_elsewhere(WITHOUT_NORMCONVERT, outputs, tmp_path, trust_remote_code=True)
     for pair in found.values():
@@ -367,7 +380,7 @@ def test_device_map(device_map: Any, pairs: Pairs) -> None:
     ("case", "layers"),
     [
         (GPT2_CRMS, "transformer.h"),
-        (STABLELM, "model.layers"),
+        (XGLM, "model.layers"),
         (MIXTRAL, "model.layers"),
     ],
     ids=str,
@@ -466,7 +479,7 @@ def test_generates_the_same_text(case: Case, pairs: Pairs) -> None:
     )
 
 
-@pytest.mark.parametrize("case", [GPT2_CRMS, STABLELM], ids=str)
+@pytest.mark.parametrize("case", [GPT2_CRMS, XGLM], ids=str)
 def test_cache_gives_the_same_logits(case: Case, pairs: Pairs) -> None:
     model = load(pairs(case).output)
     whole, ids = logits(model), token_ids()
@@ -550,7 +563,7 @@ def test_gradient_checkpointing(case: Case, pairs: Pairs) -> None:
         assert_same(other_gradients[name], gradient)
 
 
-@pytest.mark.parametrize("case", [GPT2_CRMS, LLAMA, GEMMA, STABLELM, MIXTRAL, ZAMBA], ids=str)
+@pytest.mark.parametrize("case", [GPT2_CRMS, LLAMA, GEMMA, XGLM, MIXTRAL, ZAMBA], ids=str)
 def test_from_config_makes_a_new_model(case: Case, pairs: Pairs) -> None:
     pair = pairs(case)
     config = AutoConfig.from_pretrained(pair.output)
@@ -580,7 +593,7 @@ def test_more_tokens(pairs: Pairs) -> None:
 # --- copies, other forms ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [GPT2_CRMS, STABLELM, MIXTRAL], ids=str)
+@pytest.mark.parametrize("case", [GPT2_CRMS, XGLM, MIXTRAL], ids=str)
 def test_copies_stand_alone(case: Case, pairs: Pairs) -> None:
     pair = pairs(case)
     model, expected = load(pair.output), logits(load(pair.source))
