@@ -19,6 +19,9 @@ CONFIG_CLASS = "NormconvertConfig"
 PREFIX = "Normconvert"
 """Stands before the name of the stock class in `architectures`."""
 
+NOT_FOR_STOCK_CLASSES = "load-it-with-AutoModelForCausalLM-and-trust_remote_code.safetensors"
+"""Where a stock class that is given the checkpoint looks for the weights, and finds none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NormModule:
@@ -148,14 +151,15 @@ def merged(before: Native | None, after: Native) -> Native:
 def native_config(config: dict[str, Any], native: Native) -> dict[str, Any]:
     """config.json of a native checkpoint, from that of its source (which may be native too)."""
     known = config.get(MODEL_TYPE) if config.get("model_type") == MODEL_TYPE else None
-    stock = known["model_type"] if known else config["model_type"]
+    stock = known["stock"] if known else config["model_type"]
     names = [name.removeprefix(PREFIX) for name in config.get("architectures") or []]
     return {
         **config,
         "architectures": [PREFIX + name for name in names],
         "auto_map": {"AutoConfig": f"{MODELING_FILE.removesuffix('.py')}.{CONFIG_CLASS}"},
         "model_type": MODEL_TYPE,
-        MODEL_TYPE: {"model_type": stock, **native.to_json()},
+        "transformers_weights": NOT_FOR_STOCK_CLASSES,
+        MODEL_TYPE: {"stock": stock, **native.to_json()},
     }
 
 

@@ -313,6 +313,9 @@ def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> to
 
 MODEL_TYPE = "normconvert"
 PREFIX = "Normconvert"
+# Where a stock class that is given such a checkpoint looks for the weights, and finds none: it
+# would fill the missing norms and drop the added biases.
+NOT_FOR_STOCK_CLASSES = "load-it-with-AutoModelForCausalLM-and-trust_remote_code.safetensors"
 
 _SIZES = (  # the attributes in which layers remember the shape of their weight
     (nn.Linear, ("out_features", "in_features")),
@@ -345,7 +348,7 @@ class NormconvertConfig(PreTrainedConfig):  # type: ignore[misc]
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration, with what belongs to it registered for the Auto classes."""
         changes = config_dict[MODEL_TYPE]
-        stock = CONFIG_MAPPING[changes["model_type"]]
+        stock = CONFIG_MAPPING[changes["stock"]]
         config_class = _config_class(stock)
         found = config_class.from_dict(config_dict, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
@@ -371,14 +374,20 @@ class _ConvertedConfig:
         names = config_dict.get("architectures") or []
         stock = {
             "architectures": [name.removeprefix(PREFIX) for name in names],
-            "model_type": config_dict[MODEL_TYPE]["model_type"],
+            "model_type": config_dict[MODEL_TYPE]["stock"],
+            "transformers_weights": None,
         }
         return super().from_dict({**config_dict, **stock}, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
         names = [PREFIX + name for name in found.get("architectures") or []]
-        return {**found, "architectures": names, "model_type": MODEL_TYPE}
+        return {
+            **found,
+            "architectures": names,
+            "model_type": MODEL_TYPE,
+            "transformers_weights": NOT_FOR_STOCK_CLASSES,
+        }
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Save the configuration, and this file with it. Saving a model comes here, too."""
