@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from normconvert.ir.expression import Expression
-from normconvert.ir.graph import Graph
+from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import FullWidth, NormModule, Recentering
-from normconvert.ir.plan import Format, Tied, Verdict
+from normconvert.ir.plan import Action, Format, Tied, Verdict
 
 if TYPE_CHECKING:
     from normconvert.rules.scaling import Contraction, Origins
@@ -82,6 +82,29 @@ class Draft:
     folded: Mapping[str, Readers] = field(default_factory=dict)
     streams: tuple[Stream, ...] = ()
     verdicts: tuple[Verdict, ...] = ()
+
+
+def verdict_on(
+    origins: Origins,
+    norm: Norm,
+    rule: str,
+    action: Action,
+    reason: str,
+    readers: tuple[str, ...] = (),
+) -> Verdict:
+    """What `rule` does to `norm`, with the tensors by their names on disk."""
+    return Verdict(
+        rule=rule,
+        norm=norm.module,
+        kind=norm.kind,
+        gain=origins.vector(norm.gain),
+        bias=origins.vector(norm.bias),
+        offset=norm.offset,
+        eps=norm.eps,
+        readers=readers,
+        action=action,
+        reason=reason,
+    )
 
 
 Rule: TypeAlias = "Callable[[Graph, Origins, Draft, Request], Draft]"

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from normconvert.ir.expression import AddProduct, Divide, Expression, Fill, Plus, Scale, spread
 from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import NormClass, NormModule
-from normconvert.ir.plan import Verdict
+from normconvert.ir.plan import Action, Verdict
 from normconvert.rules.axes import Track
 from normconvert.rules.bias import find_slots
-from normconvert.rules.draft import Draft, Obstacle, Readers, Request
+from normconvert.rules.draft import Draft, Obstacle, Readers, Request, verdict_on
 from normconvert.rules.readers import find_readers
 from normconvert.rules.scaling import Origins, follow
 
@@ -121,18 +121,8 @@ def _read_outside(graph: Graph, tensor: str, norms: tuple[Norm, ...]) -> str | N
 def _verdict(origins: Origins, norm: Norm, outcome: _Fold | Obstacle) -> Verdict:
     folds = isinstance(outcome, _Fold)
     readers = outcome.readers.readers if isinstance(outcome, _Fold) else outcome.readers
-    return Verdict(
-        rule="flashnorm",
-        norm=norm.module,
-        kind=norm.kind,
-        gain=origins.vector(norm.gain),
-        bias=origins.vector(norm.bias),
-        offset=norm.offset,
-        eps=norm.eps,
-        readers=tuple(readers),
-        action="fold" if folds else "keep",
-        reason=outcome.reason,
-    )
+    action: Action = "fold" if folds else "keep"
+    return verdict_on(origins, norm, "flashnorm", action, outcome.reason, tuple(readers))
 
 
 def _folded(draft: Draft, norms: tuple[Norm, ...], fold: _Fold, request: Request) -> Draft:

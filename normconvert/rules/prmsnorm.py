@@ -9,8 +9,7 @@ from dataclasses import replace
 
 from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import NormModule
-from normconvert.ir.plan import Verdict
-from normconvert.rules.draft import Draft, Request
+from normconvert.rules.draft import Draft, Request, verdict_on
 from normconvert.rules.scaling import Origins
 
 
@@ -30,21 +29,11 @@ def prmsnorm(graph: Graph, origins: Origins, draft: Draft, request: Request) -> 
         for norm in graph.norms
         if norm.kind == "rmsnorm"
     }
+    seen = f"it sees {request.fraction:.2%} of its input"
     verdicts = tuple(
-        Verdict(
-            rule="prmsnorm",
-            norm=norm.module,
-            kind=norm.kind,
-            gain=origins.vector(norm.gain),
-            bias=origins.vector(norm.bias),
-            offset=norm.offset,
-            eps=norm.eps,
-            readers=(),
-            action="approximate" if norm.module in found else "keep",
-            reason=f"it sees {request.fraction:.2%} of its input"
-            if norm.module in found
-            else "it is no RMSNorm",
-        )
+        verdict_on(origins, norm, "prmsnorm", "approximate", seen)
+        if norm.module in found
+        else verdict_on(origins, norm, "prmsnorm", "keep", "it is no RMSNorm")
         for norm in graph.norms
     )
     return replace(draft, norms={**draft.norms, **found}, verdicts=(*draft.verdicts, *verdicts))

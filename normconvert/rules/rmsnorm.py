@@ -18,7 +18,7 @@ from normconvert.ir.expression import Center, Expression, Fill, Scale, Tensor
 from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import NormModule
 from normconvert.ir.plan import Verdict
-from normconvert.rules.draft import Draft, Request
+from normconvert.rules.draft import Draft, Request, verdict_on
 from normconvert.rules.scaling import Origins
 from normconvert.rules.stream import Stream, find_streams
 
@@ -82,15 +82,5 @@ def _verdict(origins: Origins, norm: Norm, streams: tuple[Stream, ...]) -> Verdi
         if stream.recenterings:
             places = ", ".join(f"the {place.at} of {place.module}" for place in stream.recenterings)
             reason += f", and {places} is recentered"
-    return Verdict(
-        rule="rmsnorm",
-        norm=norm.module,
-        kind=norm.kind,
-        gain=origins.vector(norm.gain),
-        bias=origins.vector(norm.bias),
-        offset=norm.offset,
-        eps=norm.eps,
-        readers=(),
-        action="keep" if stream is None or stream.obstacle is not None else "center",
-        reason=reason,
-    )
+    kept = stream is None or stream.obstacle is not None
+    return verdict_on(origins, norm, "rmsnorm", "keep" if kept else "center", reason)
