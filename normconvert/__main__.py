@@ -1,5 +1,5 @@
 """``python -m normconvert``."""
 
-from normconvert.cli.app import main
+from normconvert.cli.main import main
 
 main()

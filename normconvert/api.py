@@ -9,9 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from normconvert.errors import PlanError
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Conversion, Equivalence, Inspection
-from normconvert.source import Checkpoint, open_checkpoint
+from normconvert.source import Checkpoint, local_path, open_checkpoint
 
 if TYPE_CHECKING:
     from normconvert.ir.graph import Graph
@@ -25,18 +26,21 @@ def inspect(
     model: str | Path,
     *,
     tied: Tied = "keep",
+    returns: tuple[str, ...] = (),
     revision: str | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Inspection:
     """What the rewrites would do to `model`, a local folder or a Hub id. Reads headers only.
 
+    `returns` as in `convert`.
+
     Raises:
         NormconvertError: the checkpoint cannot be read or its model cannot be traced.
     """
     from normconvert.planner import REWRITES, make_plan
 
-    checkpoint, graph = _open(model, revision, trust_remote_code, listen)
+    checkpoint, graph = _open(model, revision, returns, trust_remote_code, listen)
     plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
     inspection = _inspection(graph, checkpoint, plan)
     if not any(norm.kind == "layernorm" for norm in graph.norms):
@@ -55,6 +59,7 @@ def convert(
     dtype: Dtype = "keep",
     fraction: float = 0.0625,
     target: str | None = None,
+    returns: tuple[str, ...] = (),
     dry_run: bool = False,
     verify: bool = True,
     force: bool = False,
@@ -67,7 +72,9 @@ def convert(
     `rewrite` may be several; they are computed together and rounded once, in whatever order they
     are given. `format` is "stock" for flashnorm alone and "native" for the others unless given.
     `fraction` is the share of the coordinates that a pRMSNorm looks at. `target` is the model_type
-    of transformers that the output of rmsnorm gets, if it provably computes the same.
+    of transformers that the output of rmsnorm gets, if it provably computes the same. `returns`
+    names the outputs of the model that must stay the same, such as ("pooler_output",), where
+    others stand in the way; all of them unless given.
 
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
@@ -87,12 +94,13 @@ def convert(
         dtype=dtype,
         fraction=fraction,
         target=target,
+        returns=returns,
     )
-    place = Path(output) if output is not None else default_output(model, rewrites[-1])
-    local = Path(model).expanduser()
+    place = local_path(output if output is not None else default_output(model, rewrites[-1]))
+    local = local_path(model)
     if not dry_run:  # before any work: a wrong output should cost no time
         check_output(place, local, force=force)
-    checkpoint, graph = _open(model, revision, trust_remote_code, listen)
+    checkpoint, graph = _open(model, revision, returns, trust_remote_code, listen)
     plan, unchanged = settle(graph, checkpoint, request)
     base = checkpoint
     if target is not None:
@@ -104,7 +112,7 @@ def convert(
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
     if verify:
-        from normconvert.verify import choose_dtype
+        from normconvert.verify import choose_dtype, compare
 
         choose_dtype(checkpoint, None)  # to refuse before the work, not after it
     with stage(place) as staged:
@@ -112,7 +120,15 @@ def convert(
         verification = None
         if verify:
             written = replace(open_checkpoint(str(staged.path)), model=str(place))
-            verification = _verify(checkpoint, written, None, None, trust_remote_code, listen)
+            verification = compare(
+                checkpoint,
+                written,
+                text=None,
+                dtype=None,
+                returns=returns,
+                trust_remote_code=trust_remote_code,
+                listen=listen,
+            )
         rejected = (
             verification is not None
             and not verification.equivalent
@@ -134,29 +150,45 @@ def verify_equivalence(
     *,
     text: str | None = None,
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None,
+    returns: tuple[str, ...] = (),
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Equivalence:
     """Compare the logits of two checkpoints on `text` (or a shipped one) and random tokens.
 
     `dtype` is the dtype to compute in; by default the next wider one than the weights', in
-    which the rounding of the arithmetic does not hide that of the weights.
+    which the rounding of the arithmetic does not hide that of the weights. `returns` names the
+    outputs to compare; by default the logits, or without a head the last hidden states.
 
     Raises:
         NormconvertError: one of them cannot be read or run.
     """
-    pair = open_checkpoint(str(original)), open_checkpoint(str(converted))
-    return _verify(*pair, text, dtype, trust_remote_code, listen)
+    from normconvert.verify import compare
+
+    return compare(
+        open_checkpoint(str(original)),
+        open_checkpoint(str(converted)),
+        text=text,
+        dtype=dtype,
+        returns=returns,
+        trust_remote_code=trust_remote_code,
+        listen=listen,
+    )
 
 
 def default_output(model: str | Path, rewrite: str) -> Path:
     """./NAME-REWRITE, where NAME is the last part of the folder or Hub id."""
-    name = Path(model).expanduser().resolve().name if Path(model).is_dir() else Path(model).name
+    path = local_path(model)
+    name = path.resolve().name if path.is_dir() else path.name
     return Path(f"{name}-{rewrite}")
 
 
 def _open(
-    model: str | Path, revision: str | None, trust_remote_code: bool, listen: Listener
+    model: str | Path,
+    revision: str | None,
+    returns: tuple[str, ...],
+    trust_remote_code: bool,
+    listen: Listener,
 ) -> tuple[Checkpoint, Graph]:
     checkpoint = open_checkpoint(str(model), revision=revision)
     listen(Event("tracing", 0, 1))
@@ -164,31 +196,22 @@ def _open(
 
     graph = trace(checkpoint, trust_remote_code=trust_remote_code)
     listen(Event("tracing", 1, 1))
-    return checkpoint, graph
+    return checkpoint, _returning(graph, returns) if returns else graph
 
 
-def _verify(
-    original: Checkpoint,
-    converted: Checkpoint,
-    text: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-    listen: Listener,
-) -> Equivalence:
-    from normconvert.verify import compare
-
-    return compare(
-        original,
-        converted,
-        text=text,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        listen=listen,
-    )
+def _returning(graph: Graph, names: tuple[str, ...]) -> Graph:
+    try:
+        return graph.returning(names)
+    except KeyError as error:
+        known = ", ".join(dict.fromkeys(graph.output_fields))
+        raise PlanError(
+            f"{graph.model} has no output {error.args[0]!r}; its outputs are {known}."
+        ) from error
 
 
 def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
     from normconvert.planner import make_plan
+    from normconvert.settle import rules_done
 
     tensors = checkpoint.tensors
     format: Format = "stock" if plan.native is None else "native"
@@ -200,6 +223,7 @@ def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
     return Inspection(
         model=checkpoint.model,
         commit=checkpoint.commit,
+        done=rules_done(checkpoint),
         plan=plan,
         total_tensors=len(tensors),
         total_bytes=checkpoint.nbytes,

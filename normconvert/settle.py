@@ -36,6 +36,7 @@ class Request:
     dtype: Dtype
     fraction: float
     target: str | None = None
+    returns: tuple[str, ...] = ()
 
 
 def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan, bool]:
@@ -46,9 +47,9 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
     """
     _require_possible(checkpoint, request)
     asked = {rule for rewrite in request.rewrites for rule in REWRITES[rewrite]}
-    before = native_of(checkpoint.config)
-    done = set(rules_in_manifest(checkpoint) if before is None else before.rules)
-    rules = tuple(asked - (done - {"flashnorm"} if before is None else done))
+    done = set(rules_done(checkpoint))
+    stock = native_of(checkpoint.config) is None
+    rules = tuple(asked - (done - {"flashnorm"} if stock else done))
     plan_with = partial(
         make_plan,
         graph,
@@ -72,6 +73,12 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
         f"No norm of {checkpoint.model} can be {_DONE[request.rewrites[-1]]}: "
         f"{_why_not(plan, request.rewrites[-1])}"
     )
+
+
+def rules_done(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The rules that an earlier conversion applied to `checkpoint`."""
+    native = native_of(checkpoint.config)
+    return rules_in_manifest(checkpoint) if native is None else native.rules
 
 
 def _running(plan_with: Callable[..., Plan], checkpoint: Checkpoint) -> Plan:

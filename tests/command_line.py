@@ -88,7 +88,7 @@ def run(
 
 def run_here(*arguments: str | Path, cwd: Path, columns: int | None = None) -> Run:
     """The same in this process: it does not import torch again."""
-    from normconvert.cli.app import main
+    from normconvert.cli.main import answer
 
     out, err = io.StringIO(), io.StringIO()
     extra = {} if columns is None else {"COLUMNS": str(columns)}
@@ -101,7 +101,7 @@ def run_here(*arguments: str | Path, cwd: Path, columns: int | None = None) -> R
         mock.patch.dict(os.environ, environment(**extra), clear=True),
     ):
         try:
-            main()
+            answer()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         else:

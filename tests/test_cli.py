@@ -88,8 +88,8 @@ def test_help_is_quick() -> None:
     [
         "import normconvert",
         "import normconvert.api",
-        "import normconvert.cli.app as cli; sys.argv[1:] = ['--help']; cli.main()",
-        "import normconvert.cli.app as cli; sys.argv[1:] = ['flashnorm', '--help']; cli.main()",
+        "import normconvert.cli.main as cli; sys.argv[1:] = ['--help']; cli.main()",
+        "import normconvert.cli.main as cli; sys.argv[1:] = ['flashnorm', '--help']; cli.main()",
     ],
 )
 def test_light_imports(statement: str) -> None:
@@ -109,15 +109,18 @@ OPTIONS = {
     "flashnorm": {
         "-o", "--output", "--format <stock|native>", "--tied <keep|untie>",
         "--dtype <keep|float32|bfloat16|float16>", "--dry-run", "--no-verify", "--force",
-        "--revision", "--trust-remote-code", "--json", "--debug",
+        "--returns", "--revision", "--trust-remote-code", "--json", "--debug",
     },
     "rmsnorm": {"--format <stock|native>", "--target", "--tied <keep|untie>", "--force"},
     "crmsnorm": {"--tied <keep|untie>", "--force"},
     "prmsnorm": {"--fraction", "--force"},
     "run": {"--model", "-o", "--output", "--dry-run", "--force"},
-    "inspect": {"--tied <keep|untie>", "--revision", "--trust-remote-code", "--json", "--debug"},
+    "inspect": {
+        "--tied <keep|untie>", "--returns", "--revision", "--trust-remote-code", "--json",
+        "--debug",
+    },
     "verify-equivalence": {
-        "--json", "--text", "--dtype <float64|float32|bfloat16|float16>",
+        "--json", "--text", "--dtype <float64|float32|bfloat16|float16>", "--returns",
         "--trust-remote-code", "--debug",
     },
 }  # fmt: skip
@@ -239,6 +242,23 @@ def test_the_first_run(originals: Path, tmp_path: Path) -> None:
     assert (load_file(output / "model.safetensors")["model.norm.weight"] == 1).all()
 
 
+def test_every_file_comes_along(originals: Path, tmp_path: Path) -> None:
+    """Linked and empty folders, an index that nobody reads; a link in a circle ends."""
+    source = Path(shutil.copytree(originals / "llama", tmp_path / "llama"))
+    (source / "empty").mkdir()
+    (source / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "notes.txt").write_text("kept")
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    (source / "empty" / "circle").symlink_to(source)
+    assert run_here("flashnorm", "llama", "--no-verify", cwd=tmp_path).status == 0
+    output = tmp_path / "llama-flashnorm"
+    assert list((output / "empty").iterdir()) == []
+    assert (output / "linked" / "notes.txt").read_text() == "kept"
+    assert not (output / "linked").is_symlink()
+    assert (output / "model.safetensors.index.json").read_text() == "{}"
+
+
 def test_the_manifest(converted: Path, originals: Path) -> None:
     text = (converted / "normconvert.json").read_text(encoding="utf-8")
     manifest = json.loads(text)
@@ -251,6 +271,7 @@ def test_the_manifest(converted: Path, originals: Path) -> None:
         "dtype": "keep",
         "fraction": 0.0625,
         "target": None,
+        "returns": [],
     }
     assert Plan.from_json(manifest["plan"]) == normconvert.inspect(originals / "llama").plan
     again = Plan.from_json(manifest["plan"]).to_json()
@@ -501,3 +522,42 @@ def test_verify_what_cannot_be_compared(originals: Path, tmp_path: Path) -> None
         verify(tmp_path, originals / "llama", "nowhere").assert_refused("nowhere")
         verify(tmp_path, "nowhere", "nowhere", "--json", "-").assert_refused(code="source")
         verify(tmp_path, "nowhere", "nowhere", "--json", "report.json").assert_refused("nowhere")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)])
+def test_a_reader_that_leaves_changes_nothing(
+    arguments: tuple[str, ...], originals: Path, tmp_path: Path
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*COMMAND, "flashnorm", str(originals / "llama"), "--no-verify", *arguments]
+    with os.fdopen(writing, "wb") as closed:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment(), stdout=closed, stderr=subprocess.PIPE
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "llama-flashnorm" / "config.json").is_file()
+
+
+def test_a_terminal_of_ascii(originals: Path, tmp_path: Path) -> None:
+    result = run(
+        "inspect", originals / "llama", cwd=tmp_path, env=environment(PYTHONIOENCODING="ascii")
+    )
+    assert (result.status, result.err) == (0, "")
+    assert "RMSNorm ? w" in result.out
+
+
+def test_a_home_that_nobody_has(originals: Path, tmp_path: Path) -> None:
+    run_here("inspect", "~nobody-at-all/llama", cwd=tmp_path).assert_refused("~nobody-at-all")
+    run_here(
+        "flashnorm", originals / "llama", "--output", "~nobody-at-all/x", cwd=tmp_path
+    ).assert_refused("~nobody-at-all")
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_notices_a_conversion(converted: Path) -> None:
+    result = run_here("inspect", converted, cwd=converted.parent)
+    assert "Converted already (flashnorm)" in result.out
+    assert run_here("inspect", converted, "--json", cwd=converted.parent).json()["done"] == [
+        "flashnorm"
+    ]

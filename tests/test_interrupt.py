@@ -67,7 +67,7 @@ def fill(block: torch.Tensor, *shape: int) -> torch.Tensor:
 SERVER = """
 import json, os, sys
 import normconvert.planner, normconvert.rewrite, normconvert.trace
-from normconvert.cli.app import main
+from normconvert.cli.main import main
 for line in sys.stdin:
     sys.argv[1:] = json.loads(line)
     process = os.fork()

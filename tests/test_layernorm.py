@@ -138,6 +138,40 @@ def test_exact_untied(source: Path, tmp_path: Path) -> None:
     check_exact(source, "crmsnorm", "untie", before, tmp_path / "crms")
 
 
+@pytest.mark.parametrize(
+    ("source", "recentered"),
+    [("clip_vision_model", ["pre_layrnorm output"]), ("siglip_vision_model", [])],
+    indirect=["source"],
+)
+@pytest.mark.parametrize("rewrite", ["rmsnorm", "crmsnorm"])
+def test_every_layer_norm_where_only_one_output_matters(
+    source: Path, recentered: list[str], rewrite: Rewrite, tmp_path: Path
+) -> None:
+    """The un-normed stream is an output as well, and stands in the way of its LayerNorms."""
+    convert, returns = normconvert.convert, ("pooler_output",)
+    conversion = convert(source, tmp_path / "output", rewrite, returns=returns)
+    assert conversion.status == "converted"
+    plan = conversion.inspection.plan
+    stays = ["head.layernorm"] if recentered == [] else []
+    assert [verdict.norm for verdict in plan.kept(rewrite)] == stays
+    assert plan.native is not None
+    assert [f"{each.module} {each.at}" for each in plan.native.recenterings] == recentered
+    models = zoo.load(source), load(tmp_path / "output")
+    inputs = zoo.inputs(models[0], 3, 11)
+    with float64(), torch.no_grad():
+        before, after = (model(**inputs).pooler_output for model in models)
+    assert relative(after, before) <= EXACT
+    verify = normconvert.verify_equivalence
+    assert verify(source, tmp_path / "output", returns=returns).equivalent
+
+
+def test_an_output_that_does_not_exist(tmp_path: Path) -> None:
+    zoo.save("clip_vision_model", tmp_path / "clip")
+    for call in (normconvert.inspect, normconvert.convert):
+        with pytest.raises(normconvert.PlanError, match="last_hidden_state, pooler_output"):
+            call(tmp_path / "clip", returns=("logits",))
+
+
 def check_exact(
     source: Path, rewrite: Rewrite, tied: Tied, before: torch.Tensor, output: Path
 ) -> Plan:

@@ -100,7 +100,7 @@ def test_modules_stay_small() -> None:
     ("module", "absent"),
     [
         ("normconvert", {"torch", "transformers", "rich", "huggingface_hub"}),
-        ("normconvert.cli.app", {"torch", "transformers", "huggingface_hub", "safetensors"}),
+        ("normconvert.cli.main", {"torch", "transformers", "huggingface_hub", "safetensors"}),
         ("normconvert.planner", {"torch", "transformers"}),
         ("normconvert.rewrite", {"transformers"}),
     ],

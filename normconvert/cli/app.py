@@ -1,11 +1,7 @@
-"""The commands: one thin function each. Exit status 0 done or equivalent, 1 not, 2 refused."""
+"""The commands: one thin function each."""
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Optional
 
@@ -57,6 +53,14 @@ Tied = Annotated[
     Literal["keep", "untie"],
     typer.Option(help="Keep tied embeddings tied, or store the head on its own to fold into it."),
 ]
+Returns = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        help="An output of the model that must stay the same, such as pooler_output; give it once "
+        "for each. Default: all of them.",
+        show_default=False,
+    ),
+]
 Revision = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="Branch, tag or commit of a Hub repository.", show_default=False),
@@ -78,6 +82,7 @@ def flashnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
+    returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -98,6 +103,7 @@ def flashnorm(
         dry_run=dry_run,
         verify=not no_verify,
         force=force,
+        returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -114,6 +120,7 @@ def rmsnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
+    returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -135,6 +142,7 @@ def rmsnorm(
         dry_run=dry_run,
         verify=not no_verify,
         force=force,
+        returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -149,6 +157,7 @@ def crmsnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
+    returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -169,6 +178,7 @@ def crmsnorm(
         dry_run=dry_run,
         verify=not no_verify,
         force=force,
+        returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -186,6 +196,7 @@ def prmsnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
+    returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -207,6 +218,7 @@ def prmsnorm(
         dry_run=dry_run,
         verify=not no_verify,
         force=force,
+        returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
@@ -221,6 +233,7 @@ def run(
     output: Output = None,
     dry_run: DryRun = False,
     force: Force = False,
+    returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -242,21 +255,29 @@ def run(
         verify=found.verify,
         dry_run=dry_run,
         force=force,
+        returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
 
 
 def _convert(
-    model: str, output: Path | None, rewrites: tuple[Rewrite, ...], *, as_json: bool, **options: Any
+    model: str,
+    output: Path | None,
+    rewrites: tuple[Rewrite, ...],
+    *,
+    returns: list[str] | None,
+    as_json: bool,
+    **options: Any,
 ) -> NoReturn:
     from normconvert.api import convert
     from normconvert.cli.progress import progress
-    from normconvert.cli.show import show_conversion
+    from normconvert.cli.show import show_conversion, show_json
 
     with progress(hidden=as_json) as listen:
-        report = convert(model, output, rewrites, listen=listen, **options)
-    _print_json(report.to_json()) if as_json else show_conversion(report)
+        kept = tuple(returns or ())
+        report = convert(model, output, rewrites, returns=kept, listen=listen, **options)
+    show_json(report.to_json()) if as_json else show_conversion(report)
     raise typer.Exit(1 if report.status == "rejected" else 0)
 
 
@@ -264,6 +285,7 @@ def _convert(
 def inspect(
     model: Model,
     tied: Tied = "keep",
+    returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -272,17 +294,18 @@ def inspect(
     """Show every norm, who reads it, and whether it folds."""
     from normconvert.api import inspect as inspect_model
     from normconvert.cli.progress import progress
-    from normconvert.cli.show import show_inspection
+    from normconvert.cli.show import show_inspection, show_json
 
     with progress(hidden=as_json) as listen:
         report = inspect_model(
             model,
             tied=tied,
+            returns=tuple(returns or ()),
             revision=revision,
             trust_remote_code=trust_remote_code,
             listen=listen,
         )
-    _print_json(report.to_json()) if as_json else show_inspection(report)
+    show_json(report.to_json()) if as_json else show_inspection(report)
 
 
 @app.command("verify-equivalence")
@@ -303,13 +326,14 @@ def verify_equivalence(
         Optional[Literal["float64", "float32", "bfloat16", "float16"]],  # noqa: UP045
         typer.Option(help="Compute in this dtype. Default: the next wider one than the weights'."),
     ] = None,
+    returns: Returns = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Compare the logits of two checkpoints. Exit status 0: equivalent, 1: not."""
     from normconvert.api import verify_equivalence as verify
     from normconvert.cli.progress import progress
-    from normconvert.cli.show import show_equivalence
+    from normconvert.cli.show import show_equivalence, show_json, to_text
 
     to_stdout = str(json_file) == "-"
     with progress(hidden=to_stdout) as listen:
@@ -318,15 +342,16 @@ def verify_equivalence(
             converted,
             text=None if text is None else _read(text),
             dtype=dtype,
+            returns=tuple(returns or ()),
             trust_remote_code=trust_remote_code,
             listen=listen,
         )
     if to_stdout:
-        _print_json(report.to_json())
+        show_json(report.to_json())
     else:
         show_equivalence(report)
     if json_file is not None and not to_stdout:
-        json_file.write_text(_to_text(report.to_json()) + "\n", encoding="utf-8")
+        json_file.write_text(to_text(report.to_json()) + "\n", encoding="utf-8")
     raise typer.Exit(0 if report.equivalent else 1)
 
 
@@ -339,58 +364,8 @@ def root(
         raise typer.Exit
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM: unwinds everything, so that what was begun is removed."""
-
-
-def main() -> None:
-    """Run the command line; turn what is refused into one sentence and exit status 2."""
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        app()
-    except NormconvertError as error:
-        _fail(error.code, str(error))
-    except Interrupted:
-        for number in (signal.SIGINT, signal.SIGTERM):  # said once is enough: we are leaving
-            signal.signal(number, signal.SIG_IGN)
-        _fail("interrupted", "Interrupted; no output was left half-written.")
-    except (OSError, MemoryError) as error:
-        _fail("system", f"{str(error) or type(error).__name__}.")
-
-
-def _interrupt(*_: object) -> None:
-    raise Interrupted
-
-
-def _fail(code: str, message: str) -> NoReturn:
-    if "--debug" in sys.argv:
-        raise
-    if _json_on_stdout(sys.argv[1:]):
-        _print_json({"error": {"code": code, "message": message}})
-    typer.echo(f"normconvert: {message}", err=True)
-    raise SystemExit(2)
-
-
-def _json_on_stdout(arguments: list[str]) -> bool:
-    """Whether --json was given, which for verify-equivalence needs to be --json -."""
-    if "verify-equivalence" not in arguments:
-        return "--json" in arguments
-    return "--json=-" in arguments or ("--json", "-") in pairwise(arguments)
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise NormconvertError(f"{path} is not UTF-8 text; give --text another file.") from error
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    typer.echo(_to_text(document))
-
-
-def _to_text(document: dict[str, Any]) -> str:
-    """JSON, which has no word for NaN and infinity: null."""
-    plain = json.dumps(document)
-    return json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=1, allow_nan=False)

@@ -1,11 +1,15 @@
-"""Reports as text for people."""
+"""Reports as text for people, and as JSON."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -13,6 +17,14 @@ from rich.table import Table
 
 from normconvert.ir.plan import Plan, Verdict
 from normconvert.ir.report import Comparison, Conversion, Equivalence, Inspection
+
+
+class Stdout(Console):
+    """Standard output. That its reader has left, as `head` does, changes nothing that was done."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 
 _LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -31,7 +43,7 @@ class _Group:
 
 def show_inspection(report: Inspection) -> None:
     """The table of norms, the reasons of those that stay, the totals."""
-    console = Console(highlight=False, emoji=False)
+    console = Stdout(highlight=False, emoji=False)
     plan = report.plan
     becomes = (
         {v.norm: v for v in report.rmsnorm.verdicts if v.rule == "rmsnorm"}
@@ -58,6 +70,10 @@ def show_inspection(report: Inspection) -> None:
             console.print(f"[yellow]{group.norm}[/] stays: {group.reason}.", soft_wrap=True)
     for group in _grouped(v for v in becomes.values() if v.action == "keep"):
         console.print(f"[yellow]{group.norm}[/] stays what it is: {group.reason}.", soft_wrap=True)
+    if report.done:
+        rules = ", ".join(report.done)
+        console.print(f"Converted already ({rules}): the same again would change nothing.")
+        return
     console.print(
         f"{len(plan.folded)} of {len(plan.verdicts)} norms fold: {report.changed_tensors} of "
         f"{report.total_tensors} tensors would change ({_size(report.changed_bytes)} of "
@@ -88,7 +104,7 @@ def _verdict(changes: bool, word: str) -> str:
 
 def show_conversion(report: Conversion) -> None:
     """What was done, and the verification's verdict."""
-    console = Console(highlight=False, emoji=False)
+    console = Stdout(highlight=False, emoji=False)
     inspection, plan = report.inspection, report.inspection.plan
     if report.status == "unchanged":
         console.print(
@@ -155,7 +171,7 @@ def _done(plan: Plan) -> str:
 
 def show_equivalence(report: Equivalence) -> None:
     """The verdict with the figures that it rests on."""
-    console = Console(highlight=False, emoji=False)
+    console = Stdout(highlight=False, emoji=False)
     table = Table(title=f"Logits, computed in {report.dtype}", title_justify="left")
     table.add_column("")
     for comparison in report.comparisons:
@@ -254,3 +270,14 @@ def _size(count: int) -> str:
 def _show_notes(console: Console, notes: Iterable[str]) -> None:
     for note in notes:
         console.print(escape(f"Note: {note}"), soft_wrap=True)
+
+
+def show_json(document: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    Stdout(soft_wrap=True).out(to_text(document), highlight=False)
+
+
+def to_text(document: dict[str, Any]) -> str:
+    """JSON, which has no word for NaN and infinity: null."""
+    plain = json.dumps(document)
+    return json.dumps(json.loads(plain, parse_constant=lambda _: None), indent=1, allow_nan=False)

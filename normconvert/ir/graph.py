@@ -8,7 +8,7 @@ other, so whatever is proved on the graph is proved in the checkpoint's own name
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
 
@@ -131,6 +131,22 @@ class Graph:
     outputs: tuple[tuple[str, int], ...]
     calls: tuple[Call, ...]
     open_biases: tuple[tuple[str, str], ...]
+
+    def returning(self, names: tuple[str, ...]) -> Graph:
+        """The graph that only has the outputs `names`, such as pooler_output.
+
+        Raises:
+            KeyError: the model has no output of one of the names.
+        """
+        if missing := set(names) - set(self.output_fields):
+            raise KeyError(min(missing))
+        outputs = zip(self.outputs, self.output_fields, strict=True)
+        return replace(self, outputs=tuple(each for each, name in outputs if name in names))
+
+    @property
+    def output_fields(self) -> tuple[str, ...]:
+        """The name that each output goes by in what the model returns."""
+        return tuple(name.partition(".")[0] for name, _ in self.outputs)
 
     @cached_property
     def leaf_names(self) -> dict[int, str]:

@@ -17,11 +17,13 @@ class Inspection:
     `changed_bytes` are those of the tensors that the plan rewrites, `omitted_bytes` those of the
     tensors that go away, `gain_bytes` those of the gains that become the identity, `added_bytes`
     what the output is larger by, and `untied_bytes` what it would be larger by with tied="untie".
-    `rmsnorm` is the plan of that rewrite for a model with LayerNorms.
+    `done` are the rules that an earlier conversion applied. `rmsnorm` is the plan of that rewrite
+    for a model with LayerNorms.
     """
 
     model: str
     commit: str | None
+    done: tuple[str, ...]
     plan: Plan
     total_tensors: int
     total_bytes: int

@@ -88,17 +88,23 @@ def _require_space(folder: Path, needed: int) -> None:
 
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
     """Everything but the weights, byte for byte, folders included."""
-    rewritten = {INDEX_FILE, MANIFEST, *(shard.name for shard in checkpoint.shards)}
-    for root, folders, names in os.walk(checkpoint.folder):
-        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+    rewritten = {MANIFEST, *(shard.name for shard in checkpoint.shards)}
+    if checkpoint.has_index:
+        rewritten.add(INDEX_FILE)
+    for root, folders, names in os.walk(checkpoint.folder, followlinks=True):
+        above = {os.path.realpath(part) for part in (Path(root), *Path(root).parents)}
+        folders[:] = [
+            name
+            for name in folders
+            if name not in _LEFT_OUT and os.path.realpath(os.path.join(root, name)) not in above
+        ]
+        (folder / Path(root).relative_to(checkpoint.folder)).mkdir(parents=True, exist_ok=True)
         for name in names:
             path = Path(root, name)
             relative = path.relative_to(checkpoint.folder)
             if str(relative) in rewritten or not path.is_file():
                 continue
-            target = folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            shutil.copyfile(path, folder / relative)
 
 
 def _write_config(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:

@@ -87,12 +87,12 @@ def follow(
     as well, so that a constant vector added to the seeds would go the same way.
     """
     tracks = dict(seeds)
-    outputs = {value: name for name, value in graph.outputs}
+    outputs = {value for _, value in graph.outputs}
     contractions: list[Contraction] = []
     stops: list[Stop] = []
     queue = sorted({node for value in tracks for node in graph.consumers.get(value, ())})
     seen = set(queue)
-    stops += [_output(outputs[value]) for value in tracks if value in outputs]
+    stops += [output_stop(graph, value) for value in tracks if value in outputs]
     while queue:
         position = heapq.heappop(queue)
         step = _Step(graph, position, tracks, parts, rearrange_only)
@@ -104,7 +104,7 @@ def follow(
                 continue
             tracks[value] = track
             if value in outputs:
-                stops.append(_output(outputs[value]))
+                stops.append(output_stop(graph, value))
             for consumer in graph.consumers.get(value, ()):
                 if consumer not in seen:
                     seen.add(consumer)
@@ -112,8 +112,12 @@ def follow(
     return Ends(tuple(contractions), tuple(stops))
 
 
-def _output(name: str) -> Stop:
-    return Stop(-1, f"it is an output of the model ({name})")
+def output_stop(graph: Graph, value: int) -> Stop:
+    """That `value` is an output of the model."""
+    name = next(name for name, output in graph.outputs if output == value)
+    alone = len(set(graph.output_fields)) == 1
+    remedy = "" if alone else "; if you do not need it, name those you need with --returns"
+    return Stop(-1, f"it is an output of the model ({name}){remedy}")
 
 
 def _scales(track: Track) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from normconvert.ir.graph import Graph, Node, Ref
 from normconvert.rules.axes import Shape, Track, move, stacked
-from normconvert.rules.scaling import INDEPENDENT, PRODUCTS, Origins, Stop, same
+from normconvert.rules.scaling import INDEPENDENT, PRODUCTS, Origins, Stop, output_stop, same
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,7 @@ def obstacles(
 
     None where all paths end in LayerNorms, or nowhere. Paths through the values `cut` are left out.
     """
-    outputs = {value: name for name, value in graph.outputs}
+    outputs = {value for _, value in graph.outputs}
     after: dict[tuple[int, Shift], list[tuple[int, Shift]]] = {}
     found: dict[tuple[int, Shift], Stop | None] = {}
     waiting = list(seeds.items())
@@ -254,11 +254,7 @@ def obstacles(
             continue
         value, shift = state
         after[state] = []
-        found[state] = (
-            Stop(-1, f"it is an output of the model ({outputs[value]})")
-            if value in outputs
-            else None
-        )
+        found[state] = output_stop(graph, value) if value in outputs else None
         for position in graph.live_consumers.get(value, ()):
             for operand, each in enumerate(graph.nodes[position].inputs):
                 if each != value or shifts.absorbs(position, operand, shift):

@@ -2,6 +2,7 @@
 
 from normconvert.source.checkpoint import Checkpoint, Shard, open_checkpoint
 from normconvert.source.header import Header, Tensor, encode_header, read_header
+from normconvert.source.hub import local_path
 
 __all__ = [
     "Checkpoint",
@@ -9,6 +10,7 @@ __all__ = [
     "Shard",
     "Tensor",
     "encode_header",
+    "local_path",
     "open_checkpoint",
     "read_header",
 ]

@@ -19,7 +19,7 @@ def fetch(model: str, revision: str | None) -> tuple[Path, str | None]:
     Raises:
         SourceError: neither a folder nor a repository that can be read.
     """
-    folder = Path(model).expanduser()
+    folder = local_path(model)
     if folder.is_dir():
         if revision is not None:
             raise SourceError(f"{model} is a local folder: --revision applies to Hub ids only.")
@@ -27,6 +27,20 @@ def fetch(model: str, revision: str | None) -> tuple[Path, str | None]:
     if folder.exists():
         raise SourceError(f"{model} is a file; give the folder of the checkpoint.")
     return _download(model, revision)
+
+
+def local_path(model: str | Path) -> Path:
+    """The path `model`, with ~ for a home folder.
+
+    Raises:
+        SourceError: it names the home of a user that does not exist, or links lead in a circle.
+    """
+    try:
+        path = Path(model).expanduser()
+        path.resolve()
+    except RuntimeError as error:
+        raise SourceError(f"{model} is not a path: {error}") from error
+    return path
 
 
 def _download(model: str, revision: str | None) -> tuple[Path, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ def record(
             module=recorder.module,
         ) from error
     outputs = tuple(
-        (keystr(path), recorder.value(leaf))
+        (".".join(re.findall(r"\w+", keystr(path))), recorder.value(leaf))
         for path, leaf in tree_leaves_with_path(output)
         if isinstance(leaf, torch.Tensor)
     )

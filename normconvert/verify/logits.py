@@ -35,10 +35,13 @@ def compare(
     *,
     text: str | None,
     dtype: str | None,
+    returns: tuple[str, ...],
     trust_remote_code: bool,
     listen: Listener,
 ) -> Equivalence:
     """Whether `converted` gives the outputs of `original`: logits, or without a head its states.
+
+    Or the outputs called `returns`, if there are any.
 
     Both are run on the same input. Then the tensors in which they differ are perturbed in the
     original within the rounding of their stored dtype, three times; they are equivalent if
@@ -51,7 +54,7 @@ def compare(
         TraceError: what they read is not known.
     """
     compute = choose_dtype(original, dtype)
-    with _Runner(compute, trust_remote_code, listen) as run:
+    with _Runner(compute, returns, trust_remote_code, listen) as run:
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code)
         reference = run.outputs(model, sets)
@@ -97,8 +100,15 @@ def compare(
 class _Runner:
     """Loads models quietly and runs them, telling how many of the passes are done."""
 
-    def __init__(self, compute: torch.dtype, trust_remote_code: bool, listen: Listener) -> None:
-        self._compute, self._trust, self._listen = compute, trust_remote_code, listen
+    def __init__(
+        self,
+        compute: torch.dtype,
+        returns: tuple[str, ...],
+        trust_remote_code: bool,
+        listen: Listener,
+    ) -> None:
+        self._compute, self._returns = compute, returns
+        self._trust, self._listen = trust_remote_code, listen
         self._done = 0
         self._stack = ExitStack()
 
@@ -144,7 +154,7 @@ class _Runner:
         try:
             with torch.no_grad(), exact:
                 for name, inputs in sets.items():
-                    found |= _named_outputs(name, model(**inputs))
+                    found |= _named_outputs(name, model(**inputs), self._returns)
         except Exception as error:  # the model's own code may raise anything
             raise VerificationError(
                 f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}."
@@ -188,12 +198,19 @@ def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _named_outputs(name: str, output: Any) -> dict[str, torch.Tensor]:
-    """The logits; of a model without a head the last hidden states, and what is pooled of them."""
-    found = {name: getattr(output, "logits", output[0])}
-    pooled = getattr(output, "pooler_output", None)
-    if pooled is not None:
-        found[f"{name}, pooled"] = pooled
+def _named_outputs(name: str, output: Any, returns: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """The outputs `returns` of what a model returned.
+
+    Unless there are any, the logits; without a head the last hidden states, and what is pooled of
+    them.
+    """
+    if returns:
+        found = {f"{name}, {field}": output[field] for field in returns}
+    else:
+        found = {name: getattr(output, "logits", output[0])}
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is not None:
+            found[f"{name}, pooled"] = pooled
     return {name: tensor.flatten(0, -2) for name, tensor in found.items()}
 
 

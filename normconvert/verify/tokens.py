@@ -42,8 +42,8 @@ _NAMES = {"pixel_values": "images", "input_features": "spectra"}
 def _limits(model: Any) -> tuple[int, int]:
     """The vocabulary of the model, and how many tokens of it are read at once."""
     config = model.config.get_text_config()
-    longest = (getattr(config, name, None) for name in _LONGEST)
-    return config.vocab_size, min([LENGTH, *filter(None, longest)])
+    longest = (getattr(config, name, None) or 0 for name in _LONGEST)
+    return config.vocab_size, min([LENGTH, *(length for length in longest if length > 0)])
 
 
 _LONGEST = ("max_position_embeddings", "max_target_positions", "max_seq_len")
