@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from normconvert.errors import PlanError
+from normconvert.errors import NormconvertError, PlanError
 from normconvert.ir.event import Event, Listener, ignore
-from normconvert.ir.report import Conversion, Equivalence, Inspection
+from normconvert.ir.report import Certificate, Conversion, Equivalence, Inspection
 from normconvert.source import Checkpoint, local_path, open_checkpoint
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def convert(
     """
     from normconvert.rewrite import stage, write
     from normconvert.rewrite.folder import check_output
-    from normconvert.settle import Request, settle
+    from normconvert.settle import Request
 
     rewrites = (rewrite,) if isinstance(rewrite, str) else rewrite
     request = Request(
@@ -101,18 +101,13 @@ def convert(
     if not dry_run:  # before any work: a wrong output should cost no time
         check_output(place, local, force=force)
     checkpoint, graph = _open(model, revision, returns, trust_remote_code, listen)
-    plan, unchanged = settle(graph, checkpoint, request)
-    base = checkpoint
-    if target is not None:
-        from normconvert.retarget import retarget
-
-        plan, base = retarget(plan, checkpoint, target)
+    plan, base, unchanged = _plan(graph, checkpoint, request)
     inspection = _inspection(graph, checkpoint, plan)
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
     if verify:
-        from normconvert.verify import choose_dtype, compare
+        from normconvert.verify import certify, choose_dtype, compare
 
         choose_dtype(checkpoint, None)  # to refuse before the work, not after it
     with stage(place) as staged:
@@ -126,14 +121,11 @@ def convert(
                 text=None,
                 dtype=None,
                 returns=returns,
+                certificate=certify(plan, base, written, listen),
                 trust_remote_code=trust_remote_code,
                 listen=listen,
             )
-        rejected = (
-            verification is not None
-            and not verification.equivalent
-            and not plan.changed("prmsnorm")  # an approximation: its figures are the report
-        )
+        rejected = verification is not None and not _acceptable(verification, plan)
         if not rejected:
             staged.commit()
     return Conversion(
@@ -154,7 +146,11 @@ def verify_equivalence(
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Equivalence:
-    """Compare the logits of two checkpoints on `text` (or a shipped one) and random tokens.
+    """Whether two checkpoints compute the same: by their weights, and by their logits.
+
+    If `converted` says how it was converted, the plan is made anew from `original`, and every
+    byte of `converted` held against it. Then the logits are compared, on `text` (or a shipped
+    one) and random tokens.
 
     `dtype` is the dtype to compute in; by default the next wider one than the weights', in
     which the rounding of the arithmetic does not hide that of the weights. `returns` names the
@@ -165,12 +161,14 @@ def verify_equivalence(
     """
     from normconvert.verify import compare
 
+    pair = open_checkpoint(str(original)), open_checkpoint(str(converted))
+    certificate = _certificate(*pair, trust_remote_code, listen)
     return compare(
-        open_checkpoint(str(original)),
-        open_checkpoint(str(converted)),
+        *pair,
         text=text,
         dtype=dtype,
         returns=returns,
+        certificate=certificate,
         trust_remote_code=trust_remote_code,
         listen=listen,
     )
@@ -191,22 +189,63 @@ def _open(
     listen: Listener,
 ) -> tuple[Checkpoint, Graph]:
     checkpoint = open_checkpoint(str(model), revision=revision)
+    return checkpoint, _graph(checkpoint, returns, trust_remote_code, listen)
+
+
+def _graph(
+    checkpoint: Checkpoint, returns: tuple[str, ...], trust_remote_code: bool, listen: Listener
+) -> Graph:
     listen(Event("tracing", 0, 1))
     from normconvert.trace import trace
 
     graph = trace(checkpoint, trust_remote_code=trust_remote_code)
     listen(Event("tracing", 1, 1))
-    return checkpoint, _returning(graph, returns) if returns else graph
-
-
-def _returning(graph: Graph, names: tuple[str, ...]) -> Graph:
     try:
-        return graph.returning(names)
+        return graph.returning(returns) if returns else graph
     except KeyError as error:
         known = ", ".join(dict.fromkeys(graph.output_fields))
         raise PlanError(
             f"{graph.model} has no output {error.args[0]!r}; its outputs are {known}."
         ) from error
+
+
+def _plan(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan, Checkpoint, bool]:
+    """The plan, the checkpoint to write it from, and whether there is nothing left to do."""
+    from normconvert.settle import settle
+
+    plan, unchanged = settle(graph, checkpoint, request)
+    if request.target is None:
+        return plan, checkpoint, unchanged
+    from normconvert.retarget import retarget
+
+    return *retarget(plan, checkpoint, request.target), unchanged
+
+
+def _certificate(
+    original: Checkpoint, converted: Checkpoint, trust_remote_code: bool, listen: Listener
+) -> Certificate | None:
+    """That of a checkpoint that says how it was converted, by a plan that is made anew."""
+    from normconvert.settle import Request
+    from normconvert.verify import certify, refused, stored_options
+
+    options = stored_options(converted)
+    if options is None:
+        return None
+    lists = {name: tuple(each) for name, each in options.items() if isinstance(each, list)}
+    try:
+        request = Request(**{**options, **lists})
+        graph = _graph(original, request.returns, trust_remote_code, listen)
+        plan, base, _ = _plan(graph, original, request)
+    except (NormconvertError, TypeError) as error:
+        return refused(original.model, f"no plan can be made for it with the options ({error})")
+    return certify(plan, base, converted, listen)
+
+
+def _acceptable(verification: Equivalence, plan: Plan) -> bool:
+    """An approximation need not be equivalent, but what the plan says: its figures are told."""
+    certificate = verification.certificate
+    approximate = bool(plan.changed("prmsnorm")) and certificate is not None and certificate.valid
+    return verification.equivalent or approximate
 
 
 def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:

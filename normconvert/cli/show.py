@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from normconvert.ir.plan import Plan, Verdict
-from normconvert.ir.report import Comparison, Conversion, Equivalence, Inspection
+from normconvert.ir.report import Certificate, Comparison, Conversion, Equivalence, Inspection
 
 
 class Stdout(Console):
@@ -172,6 +172,8 @@ def _done(plan: Plan) -> str:
 def show_equivalence(report: Equivalence) -> None:
     """The verdict with the figures that it rests on."""
     console = Stdout(highlight=False, emoji=False)
+    if report.certificate is not None:
+        _show_certificate(console, report.certificate)
     table = Table(title=f"Logits, computed in {report.dtype}", title_justify="left")
     table.add_column("")
     for comparison in report.comparisons:
@@ -198,6 +200,26 @@ def show_equivalence(report: Equivalence) -> None:
     console.print(f"{verdict}: {_why(report)}", soft_wrap=True)
 
 
+def _show_certificate(console: Console, certificate: Certificate) -> None:
+    if certificate.valid:
+        line = (
+            f"Certificate: {certificate.rewritten} tensors are exactly what the plan makes of the "
+            f"original, rounded once; {certificate.copied} tensors and {certificate.files} files "
+            "are the original's, byte for byte."
+        )
+        if certificate.undecided:
+            line += f" ({certificate.undecided} elements lie too near to a tie to tell.)"
+        console.print(line, soft_wrap=True)
+        return
+    count = certificate.problem_count
+    things = "one thing is" if count == 1 else f"{count} things are"
+    console.print(f"[red]No certificate[/]: {things} not as the plan says.", soft_wrap=True)
+    for problem in certificate.problems:
+        console.print(f"  [red]{escape(problem.place)}[/]: {escape(problem.what)}", soft_wrap=True)
+    if count > len(certificate.problems):
+        console.print(f"  and {count - len(certificate.problems)} more")
+
+
 def _perplexity(comparison: Comparison, which: int) -> str:
     return f"{comparison.perplexity[which]:.4g}" if comparison.perplexity else ""
 
@@ -205,6 +227,8 @@ def _perplexity(comparison: Comparison, which: int) -> str:
 def _why(report: Equivalence) -> str:
     if any(math.isnan(comparison.max) for comparison in report.comparisons):
         return "some of the logits are not numbers."
+    if report.certificate is not None and not report.certificate.valid:
+        return "the converted checkpoint is not what its plan makes of the original."
     worst = max(report.comparisons, key=_times_floor)
     if not report.differing_tensors:
         return "no tensor differs, and the logits " + (

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from normconvert.ir.expression import Expression, from_json, to_json
 from normconvert.ir.graph import NormKind
-from normconvert.ir.native import Native
+from normconvert.ir.native import Native, native_config
 
 SCHEMA_VERSION = 1
 
@@ -107,6 +107,16 @@ class Plan:
     def kept(self, rule: str) -> tuple[Verdict, ...]:
         """The norms that `rule` leaves as they are."""
         return tuple(v for v in self.verdicts if v.rule == rule and v.action == "keep")
+
+    def changed_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json of the output, from that of the source: the plan's keys, where they stand."""
+        config = dict(config)
+        for key, value in self.config:
+            config[key] = value
+            for name, section in config.items():
+                if isinstance(section, dict) and key in section:
+                    config[name] = {**section, key: value}
+        return config if self.native is None else native_config(config, self.native)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; `from_json` is its exact inverse."""

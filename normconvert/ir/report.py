@@ -65,8 +65,42 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What is not as the plan says, and where: a tensor or a file."""
+
+    place: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """Whether a converted checkpoint is what its plan makes of the original, bit for bit.
+
+    `rewritten` tensors were computed anew from the original, `copied` tensors and `files` compared
+    byte for byte. `undecided` is the number of elements that lie so near to the middle between
+    two stored numbers that float64 does not tell to which they round: both count as right.
+    `problems` are the first ones of `problem_count`.
+    """
+
+    rewritten: int
+    copied: int
+    files: int
+    undecided: int
+    problem_count: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def valid(self) -> bool:
+        """Whether nothing is other than the plan says."""
+        return self.problem_count == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Equivalence:
-    """The verdict on two models. `dtype` is the one that the logits were computed in."""
+    """The verdict on two models. `dtype` is the one that the logits were computed in.
+
+    `certificate` is None for a checkpoint that says nothing about how it was converted.
+    """
 
     original: str
     converted: str
@@ -74,6 +108,7 @@ class Equivalence:
     dtype: str
     differing_tensors: int
     comparisons: tuple[Comparison, ...]
+    certificate: Certificate | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:

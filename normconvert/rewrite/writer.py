@@ -18,7 +18,7 @@ import torch
 
 from normconvert.errors import RewriteError, SourceError
 from normconvert.ir.event import Event, Listener
-from normconvert.ir.native import MODELING_FILE, native_config
+from normconvert.ir.native import MODELING_FILE
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
 from normconvert.rewrite.folder import cannot_write
 from normconvert.rewrite.layout import Layout, Span, batches, lay_out, row_blocks
@@ -111,14 +111,8 @@ def _write_config(plan: Plan, checkpoint: Checkpoint, folder: Path) -> None:
     """config.json as it was, save for the keys that the plan changes, wherever they stand."""
     if not plan.config and plan.native is None:
         return
-    config = dict(checkpoint.config)
-    for key, value in plan.config:
-        config[key] = value
-        for name, section in config.items():
-            if isinstance(section, dict) and key in section:
-                config[name] = {**section, key: value}
+    config = plan.changed_config(checkpoint.config)
     if plan.native is not None:
-        config = native_config(config, plan.native)
         with as_file(files("normconvert.nn") / MODELING_FILE) as path:
             shutil.copyfile(path, folder / MODELING_FILE)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

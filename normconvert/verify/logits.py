@@ -13,7 +13,7 @@ from accelerate.utils import get_max_memory
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.ir.event import Event, Listener
-from normconvert.ir.report import Comparison, Equivalence
+from normconvert.ir.report import Certificate, Comparison, Equivalence
 from normconvert.model_class import auto_classes, resolve
 from normconvert.precision import float64
 from normconvert.quiet import quiet
@@ -36,12 +36,13 @@ def compare(
     text: str | None,
     dtype: str | None,
     returns: tuple[str, ...],
+    certificate: Certificate | None,
     trust_remote_code: bool,
     listen: Listener,
 ) -> Equivalence:
     """Whether `converted` gives the outputs of `original`: logits, or without a head its states.
 
-    Or the outputs called `returns`, if there are any.
+    Or the outputs called `returns`, if there are any. A `certificate` has to be valid as well.
 
     Both are run on the same input. Then the tensors in which they differ are perturbed in the
     original within the rounding of their stored dtype, three times; they are equivalent if
@@ -89,10 +90,12 @@ def compare(
     return Equivalence(
         original=original.model,
         converted=converted.model,
-        equivalent=all(comparison.equivalent for comparison in comparisons),
+        equivalent=all(comparison.equivalent for comparison in comparisons)
+        and (certificate is None or certificate.valid),
         dtype=str(compute).removeprefix("torch."),
         differing_tensors=len(differing),
         comparisons=comparisons,
+        certificate=certificate,
         notes=notes,
     )
 
