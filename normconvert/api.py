@@ -228,16 +228,18 @@ def _certificate(
     from normconvert.settle import Request
     from normconvert.verify import certify, refused, stored_options
 
-    options = stored_options(converted)
-    if options is None:
-        return None
-    lists = {name: tuple(each) for name, each in options.items() if isinstance(each, list)}
     try:
+        options = stored_options(converted)
+        if options is None:
+            return None
+        lists = {name: tuple(each) for name, each in options.items() if isinstance(each, list)}
         request = Request(**{**options, **lists})
         graph = _graph(original, request.returns, trust_remote_code, listen)
         plan, base, _ = _plan(graph, original, request)
     except (NormconvertError, TypeError) as error:
-        return refused(original.model, f"no plan can be made for it with the options ({error})")
+        return refused(
+            original.model, f"no plan can be made for it with the stored options ({error})"
+        )
     return certify(plan, base, converted, listen)
 
 

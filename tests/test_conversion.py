@@ -41,6 +41,7 @@ from normconvert.precision import float64
 from normconvert.rewrite import write
 from normconvert.source import open_checkpoint
 from normconvert.trace import trace
+from normconvert.verify import certify
 from test_rounding import FORMATS, nearest
 
 EXACT = 1e-12  # of the largest output, in float64
@@ -464,9 +465,13 @@ def test_rounded_once_and_verified(name: str, tmp_path: Path) -> None:
         checkpoint = open_checkpoint(str(source))
         plan = make_plan(graph, checkpoint, ("flashnorm",), tied="untie")
         output.mkdir()
-        write(plan, checkpoint, output, {}, ignore)
+        write(plan, checkpoint, output, {"plan": plan.to_json()}, ignore)
         check_tensors(source, output, plan)
         check_rounding(source, output, plan)
+        certificate = certify(plan, checkpoint, open_checkpoint(str(output)), ignore)
+        assert certificate.valid, certificate.problems
+        assert certificate.undecided == 0
+        (output / "normconvert.json").unlink()
         assert normconvert.verify_equivalence(source, output).equivalent, dtype
 
 
@@ -699,7 +704,7 @@ def test_sabotage_is_noticed(name: str, sabotage: Sabotage, tmp_path: Path) -> N
 
 
 def noticed(name: str, dtype: str, sabotage: Sabotage, folder: Path) -> list[bool]:
-    """Whether verifying rejects what some broken plans write."""
+    """Whether comparing logits rejects what some broken plans write."""
     source = folder / "source"
     save(name, source, dtype)
     checkpoint = open_checkpoint(str(source))
@@ -711,6 +716,7 @@ def noticed(name: str, dtype: str, sabotage: Sabotage, folder: Path) -> list[boo
         output = folder / str(seed)
         output.mkdir()
         write(replace(plan, edits=edits), checkpoint, output, {}, ignore)
+        (output / "normconvert.json").unlink()
         found.append(not normconvert.verify_equivalence(source, output).equivalent)
     return found
 

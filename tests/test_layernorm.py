@@ -415,4 +415,5 @@ def test_sabotage_of_centering_is_noticed(tmp_path: Path) -> None:
     edits = tuple(edit for edit in plan.edits if edit is not victim)
     output.mkdir()
     write(replace(plan, edits=edits), checkpoint, output, {}, ignore)
+    (output / "normconvert.json").unlink()  # so that only the logits can tell
     assert not normconvert.verify_equivalence(source, output).equivalent

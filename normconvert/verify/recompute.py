@@ -1,8 +1,6 @@
 """What the tensors of a plan must be: a second evaluator, which shares nothing with the first.
 
 It works on boxes of a tensor in float64 and knows how far each result can be from the exact one.
-It never rounds to a stored dtype: whether a stored number is correctly rounded is decided by
-the numbers halfway to its two neighbours.
 """
 
 from __future__ import annotations
