@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from normconvert.errors import NormconvertError, PlanError
+from normconvert.errors import NormconvertError, PlanError, VerificationError
 from normconvert.ir.event import Event, Listener, ignore
-from normconvert.ir.report import Certificate, Conversion, Equivalence, Inspection
+from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
 from normconvert.source import Checkpoint, local_path, open_checkpoint
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def convert(
                 dtype=None,
                 returns=returns,
                 certificate=certify(plan, base, written, listen),
+                algebra=None,
                 trust_remote_code=trust_remote_code,
                 listen=listen,
             )
@@ -148,9 +149,9 @@ def verify_equivalence(
 ) -> Equivalence:
     """Whether two checkpoints compute the same: by their weights, and by their logits.
 
-    If `converted` says how it was converted, the plan is made anew from `original`, and every
-    byte of `converted` held against it. Then the logits are compared, on `text` (or a shipped
-    one) and random tokens.
+    If `converted` says how it was converted, the plan is made anew from `original`: every byte
+    of `converted` is held against it, and every rewritten norm is checked with what reads it,
+    before rounding. Then the logits are compared, on `text` (or a shipped one) and random tokens.
 
     `dtype` is the dtype to compute in; by default the next wider one than the weights', in
     which the rounding of the arithmetic does not hide that of the weights. `returns` names the
@@ -162,16 +163,18 @@ def verify_equivalence(
     from normconvert.verify import compare
 
     pair = open_checkpoint(str(original)), open_checkpoint(str(converted))
-    certificate = _certificate(*pair, trust_remote_code, listen)
-    return compare(
+    certificate, algebra, notes = _proof(*pair, trust_remote_code, listen)
+    report = compare(
         *pair,
         text=text,
         dtype=dtype,
         returns=returns,
         certificate=certificate,
+        algebra=algebra,
         trust_remote_code=trust_remote_code,
         listen=listen,
     )
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def default_output(model: str | Path, rewrite: str) -> Path:
@@ -221,26 +224,34 @@ def _plan(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan,
     return *retarget(plan, checkpoint, request.target), unchanged
 
 
-def _certificate(
+def _proof(
     original: Checkpoint, converted: Checkpoint, trust_remote_code: bool, listen: Listener
-) -> Certificate | None:
-    """That of a checkpoint that says how it was converted, by a plan that is made anew."""
+) -> tuple[Certificate | None, Algebra | None, tuple[str, ...]]:
+    """What a plan made anew says of a checkpoint that tells how it was converted, and notes."""
+    from normconvert.planner import modules_of
     from normconvert.settle import Request
-    from normconvert.verify import certify, refused, stored_options
+    from normconvert.verify import certify, check_sites, refused, stored_options
 
     try:
         options = stored_options(converted)
         if options is None:
-            return None
+            return None, None, ()
         lists = {name: tuple(each) for name, each in options.items() if isinstance(each, list)}
         request = Request(**{**options, **lists})
         graph = _graph(original, request.returns, trust_remote_code, listen)
         plan, base, _ = _plan(graph, original, request)
     except (NormconvertError, TypeError) as error:
-        return refused(
-            original.model, f"no plan can be made for it with the stored options ({error})"
-        )
-    return certify(plan, base, converted, listen)
+        what = f"no plan can be made for it with the stored options ({error})"
+        return refused(original.model, what), None, ()
+    certificate = certify(plan, base, converted, listen)
+    if plan.changed("prmsnorm"):
+        return certificate, None, ()
+    try:
+        modules = modules_of(graph)
+        algebra = check_sites(plan, original, converted, modules, trust_remote_code)
+    except VerificationError as error:
+        return certificate, None, (str(error),)
+    return certificate, algebra, ()
 
 
 def _acceptable(verification: Equivalence, plan: Plan) -> bool:

@@ -94,6 +94,19 @@ def make_plan(
     )
 
 
+def modules_of(graph: Graph) -> dict[str, tuple[str, ...]]:
+    """The modules of the model in which each tensor of the checkpoint is, or could be if untied."""
+    origins = Origins(graph)
+    found: dict[str, dict[str, None]] = {tensor: {} for tensor, _ in graph.leaves}
+    for parameter, value in graph.parameters:
+        for part in origins.of(value) or ():
+            found[part.tensor][parameter.rpartition(".")[0]] = None
+    for tie in graph.ties:
+        if tie.tensor is not None:
+            found.setdefault(tie.tensor, {})[tie.parameter.rpartition(".")[0]] = None
+    return {tensor: tuple(modules) for tensor, modules in found.items()}
+
+
 def _cut_ties(graph: Graph, origins: Origins, draft: Draft) -> Draft:
     """Every other tied parameter gets its own copy of the tensor that it has been sharing.
 

@@ -16,7 +16,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from normconvert.ir.plan import Plan, Verdict
-from normconvert.ir.report import Certificate, Comparison, Conversion, Equivalence, Inspection
+from normconvert.ir.report import (
+    Algebra,
+    Certificate,
+    Comparison,
+    Conversion,
+    Equivalence,
+    Inspection,
+)
 
 
 class Stdout(Console):
@@ -174,6 +181,8 @@ def show_equivalence(report: Equivalence) -> None:
     console = Stdout(highlight=False, emoji=False)
     if report.certificate is not None:
         _show_certificate(console, report.certificate)
+    if report.algebra is not None:
+        _show_algebra(console, report.algebra)
     table = Table(title=f"Logits, computed in {report.dtype}", title_justify="left")
     table.add_column("")
     for comparison in report.comparisons:
@@ -220,6 +229,25 @@ def _show_certificate(console: Console, certificate: Certificate) -> None:
         console.print(f"  and {count - len(certificate.problems)} more")
 
 
+def _show_algebra(console: Console, algebra: Algebra) -> None:
+    if not algebra.sites:
+        return
+    worst = max(algebra.sites, key=lambda site: site.error)
+    line = (
+        f"Algebra: what reads the {len(algebra.sites)} rewritten norms differs by at most "
+        f"{worst.error:.1e} before rounding"
+    )
+    if algebra.valid:
+        console.print(f"{line}.", soft_wrap=True)
+    else:
+        first = next(site for site in algebra.sites if site.error > algebra.tolerance)
+        console.print(
+            f"[red]{line}[/], more than {algebra.tolerance:.0e}: first at {escape(first.norm)}, "
+            f"read by {escape(', '.join(first.readers))}.",
+            soft_wrap=True,
+        )
+
+
 def _perplexity(comparison: Comparison, which: int) -> str:
     return f"{comparison.perplexity[which]:.4g}" if comparison.perplexity else ""
 
@@ -229,6 +257,8 @@ def _why(report: Equivalence) -> str:
         return "some of the logits are not numbers."
     if report.certificate is not None and not report.certificate.valid:
         return "the converted checkpoint is not what its plan makes of the original."
+    if report.algebra is not None and not report.algebra.valid:
+        return "a rewritten norm and what reads it compute something else before rounding."
     worst = max(report.comparisons, key=_times_floor)
     if not report.differing_tensors:
         return "no tensor differs, and the logits " + (

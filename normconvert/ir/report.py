@@ -96,10 +96,37 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One rewritten norm and the modules that read it.
+
+    `error` is the largest difference of their outputs between the original and the converted
+    model, relative to the largest output of the module, in float64 with unrounded weights.
+    """
+
+    norm: str
+    readers: tuple[str, ...]
+    error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Algebra:
+    """Whether the rewritten norms and their readers compute the same before any rounding."""
+
+    sites: tuple[Site, ...]
+    tolerance: float
+
+    @property
+    def valid(self) -> bool:
+        """Whether no site is off by more than float64's own errors."""
+        return all(site.error <= self.tolerance for site in self.sites)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Equivalence:
     """The verdict on two models. `dtype` is the one that the logits were computed in.
 
-    `certificate` is None for a checkpoint that says nothing about how it was converted.
+    `certificate` and `algebra` are None for a checkpoint that says nothing about how it was
+    converted; the latter also where it was not asked for, or cannot be had (`notes` say why).
     """
 
     original: str
@@ -109,6 +136,7 @@ class Equivalence:
     differing_tensors: int
     comparisons: tuple[Comparison, ...]
     certificate: Certificate | None
+    algebra: Algebra | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from accelerate.utils import get_max_memory
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.ir.event import Event, Listener
-from normconvert.ir.report import Certificate, Comparison, Equivalence
-from normconvert.model_class import auto_classes, resolve
+from normconvert.ir.report import Algebra, Certificate, Comparison, Equivalence
+from normconvert.model_class import auto_classes
 from normconvert.precision import float64
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
+from normconvert.verify.loading import load_model
 from normconvert.verify.noise import perturbed
 from normconvert.verify.tokens import input_sets
 
@@ -37,12 +38,14 @@ def compare(
     dtype: str | None,
     returns: tuple[str, ...],
     certificate: Certificate | None,
+    algebra: Algebra | None,
     trust_remote_code: bool,
     listen: Listener,
 ) -> Equivalence:
     """Whether `converted` gives the outputs of `original`: logits, or without a head its states.
 
-    Or the outputs called `returns`, if there are any. A `certificate` has to be valid as well.
+    Or the outputs called `returns`, if there are any. A `certificate` and the `algebra`
+    have to be valid as well.
 
     Both are run on the same input. Then the tensors in which they differ are perturbed in the
     original within the rounding of their stored dtype, three times; they are equivalent if
@@ -91,11 +94,12 @@ def compare(
         original=original.model,
         converted=converted.model,
         equivalent=all(comparison.equivalent for comparison in comparisons)
-        and (certificate is None or certificate.valid),
+        and all(each is None or each.valid for each in (certificate, algebra)),
         dtype=str(compute).removeprefix("torch."),
         differing_tensors=len(differing),
         comparisons=comparisons,
         certificate=certificate,
+        algebra=algebra,
         notes=notes,
     )
 
@@ -124,29 +128,7 @@ class _Runner:
         self._stack.close()
 
     def load(self, checkpoint: Checkpoint) -> Any:
-        """The model of `checkpoint` in the dtype to compute in."""
-        model_class, config = resolve(checkpoint, self._trust)
-        try:
-            model, info = model_class.from_pretrained(
-                checkpoint.folder,
-                config=config,
-                dtype=self._compute,
-                attn_implementation="eager",
-                output_loading_info=True,
-            )
-        except Exception as error:  # transformers and model code may raise anything
-            raise VerificationError(
-                f"transformers cannot load {checkpoint.folder}: {first_line(error)}."
-            ) from error
-        incomplete = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
-        if incomplete:
-            raise VerificationError(
-                f"{checkpoint.folder} does not load whole: {sorted(incomplete)[0]!r} is missing "
-                f"or has another shape ({len(incomplete)} such tensors)."
-            )
-        if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # the others do not take every dtype
-        return model.eval()
+        return load_model(checkpoint, self._compute, self._trust)
 
     def outputs(
         self, model: Any, sets: dict[str, dict[str, torch.Tensor]]
