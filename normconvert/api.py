@@ -15,6 +15,8 @@ from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence,
 from normconvert.source import Checkpoint, local_path, open_checkpoint
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from normconvert.ir.graph import Graph
     from normconvert.ir.plan import Dtype, Format, Plan, Tied
     from normconvert.settle import Request
@@ -28,19 +30,21 @@ def inspect(
     tied: Tied = "keep",
     returns: tuple[str, ...] = (),
     revision: str | None = None,
+    model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Inspection:
     """What the rewrites would do to `model`, a local folder or a Hub id. Reads headers only.
 
-    `returns` as in `convert`.
+    `returns` and `model_class` as in `convert`.
 
     Raises:
         NormconvertError: the checkpoint cannot be read or its model cannot be traced.
     """
     from normconvert.planner import REWRITES, make_plan
 
-    checkpoint, graph = _open(model, revision, returns, trust_remote_code, listen)
+    checkpoint = _open(model, revision, model_class)
+    graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
     inspection = _inspection(graph, checkpoint, plan)
     if not any(norm.kind == "layernorm" for norm in graph.norms):
@@ -64,6 +68,7 @@ def convert(
     verify: bool = True,
     force: bool = False,
     revision: str | None = None,
+    model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Conversion:
@@ -74,7 +79,8 @@ def convert(
     `fraction` is the share of the coordinates that a pRMSNorm looks at. `target` is the model_type
     of transformers that the output of rmsnorm gets, if it provably computes the same. `returns`
     names the outputs of the model that must stay the same, such as ("pooler_output",), where
-    others stand in the way; all of them unless given.
+    others stand in the way; all of them unless given. `model_class` is a class of your own, a
+    subclass of `transformers.PreTrainedModel`, to run the model in.
 
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
@@ -100,7 +106,8 @@ def convert(
     local = local_path(model)
     if not dry_run:  # before any work: a wrong output should cost no time
         check_output(place, local, force=force)
-    checkpoint, graph = _open(model, revision, returns, trust_remote_code, listen)
+    checkpoint = _open(model, revision, model_class)
+    graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan, base, unchanged = _plan(graph, checkpoint, request)
     inspection = _inspection(graph, checkpoint, plan)
     if unchanged or dry_run:
@@ -114,7 +121,7 @@ def convert(
         write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
         verification = None
         if verify:
-            written = replace(open_checkpoint(str(staged.path)), model=str(place))
+            written = replace(_open(staged.path, None, model_class), model=str(place))
             verification = compare(
                 checkpoint,
                 written,
@@ -144,6 +151,7 @@ def verify_equivalence(
     text: str | None = None,
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None,
     returns: tuple[str, ...] = (),
+    model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Equivalence:
@@ -156,13 +164,14 @@ def verify_equivalence(
     `dtype` is the dtype to compute in; by default the next wider one than the weights', in
     which the rounding of the arithmetic does not hide that of the weights. `returns` names the
     outputs to compare; by default the logits, or without a head the last hidden states.
+    `model_class` as in `convert`, for both.
 
     Raises:
         NormconvertError: one of them cannot be read or run.
     """
     from normconvert.verify import compare
 
-    pair = open_checkpoint(str(original)), open_checkpoint(str(converted))
+    pair = _open(original, None, model_class), _open(converted, None, model_class)
     certificate, algebra, notes = _proof(*pair, trust_remote_code, listen)
     report = compare(
         *pair,
@@ -187,12 +196,9 @@ def default_output(model: str | Path, rewrite: str) -> Path:
 def _open(
     model: str | Path,
     revision: str | None,
-    returns: tuple[str, ...],
-    trust_remote_code: bool,
-    listen: Listener,
-) -> tuple[Checkpoint, Graph]:
-    checkpoint = open_checkpoint(str(model), revision=revision)
-    return checkpoint, _graph(checkpoint, returns, trust_remote_code, listen)
+    model_class: type[PreTrainedModel] | None,
+) -> Checkpoint:
+    return replace(open_checkpoint(str(model), revision=revision), model_class=model_class)
 
 
 def _graph(
@@ -299,9 +305,12 @@ def _manifest(checkpoint: Checkpoint, plan: Plan, request: Request) -> dict[str,
     from normconvert import __version__
 
     name = checkpoint.model if checkpoint.commit else checkpoint.folder.resolve().name
+    source = {"model": name, "commit": checkpoint.commit}
+    if (given := checkpoint.model_class) is not None:
+        source["model_class"] = f"{given.__module__}.{given.__qualname__}"
     return {
         "normconvert": __version__,
-        "source": {"model": name, "commit": checkpoint.commit},
+        "source": source,
         "options": asdict(request),
         "plan": plan.to_json(),
     }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from normconvert.errors import TraceError, first_line
 from normconvert.source import Checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
 
@@ -21,6 +25,9 @@ def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTr
     import transformers
     from transformers import AutoConfig
 
+    if checkpoint.model_class is not None:
+        given = checkpoint.model_class
+        return given, _config(checkpoint, given.config_class.from_pretrained)
     from normconvert.nn import modeling_normconvert as native  # and registers the format
 
     model_type = str(checkpoint.config.get("model_type"))
@@ -35,20 +42,23 @@ def resolve(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[type[PreTr
             f"{checkpoint.folder / 'config.json'} has model_type {model_type!r}, which "
             f"transformers {transformers.__version__} does not know; install a newer transformers."
         )
-    try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=custom and trust_remote_code
-        )
-    except Exception as error:  # a config class may raise anything on wrong values
-        raise TraceError(
-            f"{checkpoint.folder / 'config.json'} is not a valid {model_type!r} "
-            f"configuration: {first_line(error)}."
-        ) from error
+    trusted = partial(AutoConfig.from_pretrained, trust_remote_code=custom and trust_remote_code)
+    config = _config(checkpoint, trusted)
     if model_type == native.MODEL_TYPE:
         return native.model_class(config), config
     if custom and trust_remote_code:
         return _remote_class(checkpoint), config
     return _stock_class(checkpoint, config), config
+
+
+def _config(checkpoint: Checkpoint, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(checkpoint.folder)
+    except Exception as error:  # a config class may raise anything on wrong values
+        raise TraceError(
+            f"{checkpoint.folder / 'config.json'} is not a valid "
+            f"{checkpoint.config.get('model_type')!r} configuration: {first_line(error)}."
+        ) from error
 
 
 def auto_classes(model_class: type[PreTrainedModel], config: Any) -> tuple[str, ...]:
@@ -100,9 +110,15 @@ def _remote_class(checkpoint: Checkpoint) -> type[PreTrainedModel]:
     auto_map = checkpoint.config["auto_map"]
     for auto_class in ("AutoModelForCausalLM", "AutoModel"):
         if auto_class in auto_map:
-            found: type[PreTrainedModel] = get_class_from_dynamic_module(
-                auto_map[auto_class], str(checkpoint.folder)
-            )
+            try:
+                found: type[PreTrainedModel] = get_class_from_dynamic_module(
+                    auto_map[auto_class], str(checkpoint.folder)
+                )
+            except Exception as error:  # the checkpoint's own code may raise anything
+                raise TraceError(
+                    f"The code that {checkpoint.folder} brings for {auto_class} "
+                    f"({auto_map[auto_class]}) cannot be imported: {first_line(error)}."
+                ) from error
             return found
     raise TraceError(
         f"auto_map in {checkpoint.folder / 'config.json'} names no AutoModelForCausalLM or "

@@ -81,7 +81,7 @@ def make_plan(
         if "torch_dtype" in checkpoint.config:  # its older name, which others go by
             config["torch_dtype"] = dtype
     if draft.copies:
-        config["tie_word_embeddings"] = False  # makes transformers keep tied parameters apart
+        config[graph.tie_key] = False  # makes transformers keep tied parameters apart
     return Plan(
         model=graph.model,
         rules=rules,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 from normconvert.errors import PlanError, TraceError
 from normconvert.ir.native import native_of, starred
 from normconvert.ir.plan import Dtype, Format, Tied
+from normconvert.models import OWN_TYPES
 from normconvert.planner import REWRITES, make_plan
 from normconvert.rewrite import IDENTITY, examine, preview, rules_in_manifest
 from normconvert.trace import trace
@@ -151,6 +152,16 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
                 f"{checkpoint.model} brings its own model code, which the native format cannot "
                 "build upon; give --format stock."
             )
+        if checkpoint.model_class is not None:
+            raise PlanError(
+                f"{checkpoint.model_class.__name__} is your own class, which the native format "
+                "cannot build upon; give format='stock'."
+            )
+        if checkpoint.config.get("model_type") in OWN_TYPES:
+            raise PlanError(
+                f"Only normconvert knows the model_type {checkpoint.config['model_type']!r}, and "
+                "the native format is to load without it; give --format stock."
+            )
         return
     if native:
         raise PlanError(f"{checkpoint.model} is in the native format; give --format native.")
@@ -161,7 +172,7 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
 def _require_retargetable(checkpoint: Checkpoint, request: Request) -> None:
     if request.format != "stock" or "rmsnorm" not in request.rewrites:
         raise PlanError("A target is for the rewrite rmsnorm in the stock format alone.")
-    if "auto_map" in checkpoint.config:
+    if "auto_map" in checkpoint.config or checkpoint.model_class is not None:
         raise PlanError(f"{checkpoint.model} brings its own model code; give no --target.")
     if "rmsnorm" in rules_in_manifest(checkpoint):
         raise PlanError(

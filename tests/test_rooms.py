@@ -18,10 +18,11 @@ ALLOWED = {
     "source": {"errors", "ir", "source"},
     "rules": {"ir", "rules"},
     "planner": {*SHARED, "rules"},
-    "settle": {*SHARED, "planner", "rewrite", "trace"},
+    "settle": {*SHARED, "models", "planner", "rewrite", "trace"},
     "retarget": {*SHARED, "retarget", "rewrite", "rules", "trace", *MODELS},
     "recipe": {"errors", "ir", "api"},
-    "registration": {"nn"},
+    "registration": {"models", "nn"},
+    "models": {"models"},
     "nn": {"nn"},
     "trace": {*SHARED, "trace", *MODELS},
     "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
@@ -35,6 +36,7 @@ ALLOWED = {
     "cli": {*SHARED, "cli", "api", "recipe", "__init__"},
 }
 TORCH = {
+    "models",
     "nn",
     "trace",
     "train",
@@ -46,6 +48,7 @@ TORCH = {
     "torch_dtypes",
 }
 TRANSFORMERS = {
+    "models",
     "nn",
     "trace",
     "train",

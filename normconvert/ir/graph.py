@@ -117,7 +117,8 @@ class Graph:
     """A traced model. See the module's docstring.
 
     `auto_classes` are transformers' classes that load it. `open_biases` maps the weight of each
-    Linear without a bias to the name that a bias would have, in the model and on disk.
+    Linear without a bias to the name that a bias would have, in the model and on disk. `tie_key`
+    is the key of config.json that says whether parameters are tied.
     """
 
     model: str
@@ -131,6 +132,7 @@ class Graph:
     outputs: tuple[tuple[str, int], ...]
     calls: tuple[Call, ...]
     open_biases: tuple[tuple[str, str], ...]
+    tie_key: str = "tie_word_embeddings"
 
     def returning(self, names: tuple[str, ...]) -> Graph:
         """The graph that only has the outputs `names`, such as pooler_output.

@@ -31,7 +31,7 @@ class Checkpoint:
     """An opened checkpoint. No weight has been read.
 
     `model` is what the user asked for; `commit` the Hub commit it was pinned to, None for a
-    local folder.
+    local folder. `model_class` is the class to run it in, if it is not for the config to say.
     """
 
     model: str
@@ -39,6 +39,7 @@ class Checkpoint:
     commit: str | None
     config: dict[str, Any]
     shards: tuple[Shard, ...]
+    model_class: type[Any] | None = None
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

@@ -125,7 +125,11 @@ def record(
         outputs=outputs,
         calls=tuple(calls.calls),
         open_biases=open_biases(model),
+        tie_key=type(model.config).attribute_map.get(_TIE_KEY, _TIE_KEY),
     )
+
+
+_TIE_KEY = "tie_word_embeddings"
 
 
 class _NormCalls:
