@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 DEMO := demo-output
 
-.PHONY: demo test check format clean
+.PHONY: demo test quick check coverage format clean
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
@@ -15,6 +15,12 @@ demo: $(VENV)/installed
 
 test: check
 	$(BIN)/pytest --numprocesses $(WORKERS)
+
+quick: check
+	$(BIN)/pytest --numprocesses $(WORKERS) -m 'not coverage'
+
+coverage: $(VENV)/developing
+	$(BIN)/python scripts/measure_coverage.py
 
 check: $(VENV)/developing
 	$(BIN)/ruff check .

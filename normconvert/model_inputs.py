@@ -59,13 +59,16 @@ def main_shape(model: PreTrainedModel, batch: int, length: int) -> tuple[int, ..
             return batch, length
 
 
-def plain_inputs(
-    model: PreTrainedModel, main: torch.Tensor, ids: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The inputs that the model needs: the main one and, if it has a decoder, ids for that."""
-    inputs = {main_input(model): main}
+def plain_inputs(model: PreTrainedModel, main: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
+    """The inputs that the model needs: the main one and, if it has a decoder, ids for that.
+
+    Without a cache, which nobody reads afterwards.
+    """
+    inputs: dict[str, Any] = {main_input(model): main}
     if "decoder_input_ids" in _accepted(model):
         inputs["decoder_input_ids"] = ids
+    if "use_cache" in _accepted(model):
+        inputs["use_cache"] = False
     return inputs
 
 
@@ -78,12 +81,9 @@ def trace_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, A
     ids = torch.zeros(batch, length, dtype=torch.int64)
     text = main_input(model) == "input_ids"
     main = ids if text else torch.zeros(main_shape(model, batch, length))
-    inputs: dict[str, Any] = dict(plain_inputs(model, main, ids))
-    accepted = _accepted(model)
-    if text and "position_ids" in accepted:
+    inputs = plain_inputs(model, main, ids)
+    if text and "position_ids" in _accepted(model):
         inputs["position_ids"] = torch.arange(length).unsqueeze(0).expand(batch, length)
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
     return inputs
 
 

@@ -338,7 +338,7 @@ def _draw(
         return 0.2 + 0.5 * _normal(shape, generator)
     if len(shape) > 1:
         # Between 1/sqrt(in) and 1/sqrt(out), so it does not matter which axis is which.
-        scale: float = (shape[-1] * shape[-2]) ** -0.25
+        scale: float = max(1, shape[-1] * shape[-2]) ** -0.25
         return scale * _normal(shape, generator)
     return 0.3 * _normal(shape, generator)
 

@@ -19,15 +19,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     knows, so that nothing is concluded about it.
     """
 
-    def __init__(self, *, found: int | None = None) -> None:
+    def __init__(self, *, found: int | None = None, unused: int = 0) -> None:
         """With `found`, data is made up where a model's code must know it.
 
-        Every search (`nonzero`) finds so many elements, and an index that is read from a tensor
-        is 0, then 1, then 0 again: a loop over what was found then meets more than one case.
+        A search (`nonzero`) finds so many elements, but in a vector all of them, save for so many
+        `unused` ones at its end. An index that is
+        read from a tensor is 0, then 1, and so on up to the size of the last vector that was
+        searched: so a loop over the experts that are hit meets every one of them, and whatever
+        the model's code does for some only is seen.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self._found = found
-        self._index = 1
+        self._found, self._unused = found, unused
+        self._index, self._indices = -1, 1
         self.values: list[Value] = []
         self.nodes: list[Node] = []
         self.module = ""
@@ -64,10 +67,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._found is None:
             return None
         if func is torch.ops.aten.nonzero.default:
-            found: torch.Tensor = args[0].new_empty((self._found, args[0].ndim), dtype=torch.int64)
+            searched, count = args[0], self._found
+            if searched.ndim == 1 and isinstance(searched.shape[0], int):
+                count = self._indices = max(1, searched.shape[0] - self._unused)
+                self._index = -1
+            found: torch.Tensor = searched.new_empty((count, searched.ndim), dtype=torch.int64)
             return found
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.int64:
-            self._index = 1 - self._index
+            self._index = (self._index + 1) % self._indices
             return self._index
         return None
 

@@ -46,14 +46,20 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
 
 
 def recorded(run: Callable[[Recorder], Graph]) -> Graph:
-    """What `run` makes with a recorder; a second one if the model's code loops over a search."""
+    """What `run` makes with a recorder; with one that makes up what a search finds, if need be."""
     try:
         return run(Recorder())
     except TraceError as error:
         if not isinstance(error.__cause__, GuardOnDataDependentSymNode):
             raise
-        # A loop over what a search finds, such as the experts that are hit, needs a number.
+    # A loop over what a search finds, such as the experts that are hit, needs numbers.
+    try:
         return run(Recorder(found=FOUND))
+    except TraceError as error:
+        if not isinstance(error.__cause__, IndexError):
+            raise
+    # One class more than there are experts is for tokens without one: it is never hit.
+    return run(Recorder(found=FOUND, unused=1))
 
 
 def _trace(

@@ -99,11 +99,14 @@ def _sites(plan: Plan, modules: Mapping[str, tuple[str, ...]]) -> dict[str, tupl
 def _inputs(model: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, Any]:
     """One short random input."""
     sets, _ = input_sets(model, checkpoint, None, trust_remote_code)
-    inputs = list(sets.values())[-1]
-    return {
-        name: each[:1, :_POSITIONS] if each.dtype is torch.int64 else each[:1]
-        for name, each in inputs.items()
-    }
+    return {name: _short(each) for name, each in list(sets.values())[-1].items()}
+
+
+def _short(given: Any) -> Any:
+    """The first few tokens of the first sequence; of anything else the first."""
+    if not isinstance(given, torch.Tensor):
+        return given
+    return given[:1, :_POSITIONS] if given.dtype is torch.int64 else given[:1]
 
 
 def _outputs(model: Any, watched: set[str], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from normconvert.errors import VerificationError, first_line
 from normconvert.model_class import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    import torch
 
     from normconvert.source import Checkpoint
 
@@ -51,4 +51,6 @@ def load_model(
         )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
+    if dtype is torch.float64:
+        model.double()  # what transformers keeps in float32, whatever it was asked for
     return model.eval()

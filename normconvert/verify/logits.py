@@ -130,9 +130,7 @@ class _Runner:
     def load(self, checkpoint: Checkpoint) -> Any:
         return load_model(checkpoint, self._compute, self._trust)
 
-    def outputs(
-        self, model: Any, sets: dict[str, dict[str, torch.Tensor]]
-    ) -> dict[str, torch.Tensor]:
+    def outputs(self, model: Any, sets: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
         """What `model` computes of every set of inputs, each [positions, features]."""
         exact = float64() if self._compute is torch.float64 else nullcontext()
         found: dict[str, torch.Tensor] = {}

@@ -17,7 +17,7 @@ SEQUENCES, LENGTH = 2, 128
 
 def input_sets(
     model: Any, checkpoint: Checkpoint, text: str | None, trust_remote_code: bool
-) -> tuple[dict[str, dict[str, torch.Tensor]], tuple[str, ...]]:
+) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
     """Named inputs for `model`, and notes on what could not be had.
 
     Raises:

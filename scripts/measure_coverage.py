@@ -1,0 +1,43 @@
+"""Write docs/coverage.md: what the rewrites do to every type of transformers. Takes minutes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "coverage")]
+
+
+def main() -> None:
+    import document
+    import tiny
+
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        rows = pool.map(_row, tiny.NAMES)
+        document.PAGE.write_text(document.page(rows))
+
+
+def _row(name: str) -> Any:
+    import torch
+    import transformers
+    from measure import measure
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        print(name, file=sys.stderr, flush=True)
+        try:
+            return measure(name, Path(folder))
+        except Exception as error:
+            raise RuntimeError(f"{name} is not covered") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What the rewrites do to one tiny model, and how exactly: a row of docs/coverage.md."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+
+import normconvert
+from normconvert.ir.plan import Plan, Verdict
+from normconvert.precision import float64
+from normconvert.source import open_checkpoint
+from normconvert.verify.loading import load_model
+from normconvert.verify.tokens import input_sets
+
+_LENGTH = 11
+REWRITES: tuple[Any, ...] = ("flashnorm", "rmsnorm", "crmsnorm")
+SENTENCE = re.compile(r"[A-Z~/'].*\.", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One model. `error` is the largest one relative to the largest output, over all rewrites."""
+
+    name: str
+    model: str
+    norms: str
+    folded: str
+    kept: tuple[str, ...]
+    rmsnorm: str
+    crmsnorm: str
+    error: float
+
+    def cells(self) -> list[str]:
+        """The row of the table, but for the error."""
+        kept = "<br>".join(self.kept)
+        return [self.name, self.model, self.norms, self.folded, self.rmsnorm, self.crmsnorm, kept]
+
+
+def measure(name: str, folder: Path) -> Row:
+    """Save the model called `name`, convert the checkpoint with everything, and compare.
+
+    Raises:
+        AssertionError: something is refused without a sentence.
+    """
+    source = folder / "source"
+    tiny.save(name, source)
+    inputs, before = _run(source)
+    results: dict[str, str] = {}
+    plans: dict[str, Plan] = {}
+    errors = [0.0]
+    for rewrite in REWRITES:
+        try:
+            output = folder / rewrite
+            conversion = normconvert.convert(source, output, rewrite, verify=False)
+        except normconvert.NormconvertError as error:
+            results[rewrite] = _refusal(error, source)
+            continue
+        plan = plans[rewrite] = conversion.inspection.plan
+        _, after = _run(output, inputs)
+        scale = float(before.abs().max())
+        errors.append(float((after - before).abs().max()) / scale)
+        asked = [verdict for verdict in plan.verdicts if verdict.rule == rewrite]
+        if rewrite != "flashnorm":
+            asked = [verdict for verdict in asked if verdict.kind == "layernorm"]
+        results[rewrite] = f"{len(plan.changed(rewrite))} of {len(asked)}"
+    try:
+        inspected = plans.get("flashnorm") or normconvert.inspect(source).plan
+    except normconvert.TraceError as error:
+        return Row(
+            name=name, model="", norms="not traced", folded="", kept=(_refusal(error, source),),
+            rmsnorm="", crmsnorm="", error=0.0,
+        )  # fmt: skip
+    has_layer_norms = any(verdict.kind == "layernorm" for verdict in inspected.verdicts)
+    return Row(
+        name=name,
+        model=inspected.model,
+        norms=", ".join(_formulas(inspected.verdicts)),
+        folded=f"{len(inspected.folded)} of {len(inspected.verdicts)}",
+        kept=tuple(_kept(inspected.kept("flashnorm"))),
+        rmsnorm=results["rmsnorm"] if has_layer_norms else "-",
+        crmsnorm=results["crmsnorm"] if has_layer_norms else "-",
+        error=max(errors),
+    )
+
+
+def _run(folder: Path, inputs: dict[str, Any] | None = None) -> tuple[dict[str, Any], torch.Tensor]:
+    """What the model in `folder` computes of random inputs, in float64, and the inputs."""
+    checkpoint = open_checkpoint(str(folder))
+    model = load_model(checkpoint, torch.float64, trust_remote_code=False)
+    if inputs is None:
+        sets, _ = input_sets(model, checkpoint, None, trust_remote_code=False)
+        inputs = {
+            key: value[:, :_LENGTH] if getattr(value, "dtype", None) is torch.int64 else value
+            for key, value in list(sets.values())[-1].items()
+        }
+    with torch.no_grad(), float64():
+        output = model(**inputs)
+    found = getattr(output, "logits", output[0]).flatten()
+    pooled = getattr(output, "pooler_output", None)
+    return inputs, found if pooled is None else torch.cat([found, pooled.flatten()])
+
+
+def _refusal(error: Exception, source: Path) -> str:
+    if not SENTENCE.fullmatch(str(error)):
+        raise AssertionError(f"no sentence: {error}")
+    return starred(str(error).replace(str(source), "it"))
+
+
+def _formulas(verdicts: Iterable[Verdict]) -> list[str]:
+    counts: Counter[str] = Counter()
+    for verdict in verdicts:
+        gain = ("1+w" if verdict.offset else "w") if verdict.gain else ""
+        parts = [{"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}.get(verdict.kind, "unknown")]
+        parts += [part for part in (gain, "b" if verdict.bias else "") if part]
+        counts[" ".join(parts)] += 1
+    return [f"{count} {formula}" for formula, count in counts.items()]
+
+
+def _kept(verdicts: Iterable[Verdict]) -> list[str]:
+    return list(dict.fromkeys(starred(f"`{v.norm}`: {v.reason}") for v in verdicts))
+
+
+def starred(text: str) -> str:
+    """With * for the number of a layer."""
+    return re.sub(r"(?<=\.)\d+(?=[.`\s,]|$)", "*", text)

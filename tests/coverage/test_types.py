@@ -1,0 +1,35 @@
+"""Every type: converted exactly, or kept with a reason; never wrong, never a traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import document
+import pytest
+import tiny
+from measure import measure
+
+pytestmark = pytest.mark.coverage
+
+EXACT = 1e-12
+# Their routers are kept in float32, whatever the model is loaded in: their folded weights round.
+IN_FLOAT32 = {"ernie4_5_moe", "ernie4_5_vl_moe", "hunyuan_v1_moe"}
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_exact_or_refused(name: str, tmp_path: Path) -> None:
+    row = measure(name, tmp_path)
+    assert row.error <= (1e-6 if name in IN_FLOAT32 else EXACT)
+    text = document.line(row)
+    start = f"| {name} |"
+    known = [each for each in document.PAGE.read_text().splitlines() if each.startswith(start)]
+    assert [document.without_error(each) for each in known] == [document.without_error(text)], (
+        "docs/coverage.md is out of date: make coverage"
+    )
+
+
+def test_the_page_has_every_type_and_no_other() -> None:
+    lines = document.PAGE.read_text().splitlines()
+    rows = [line.split("|")[1].strip() for line in lines if line.startswith("| ")][2:]
+    assert rows == list(tiny.NAMES)
+    assert document.PAGE.read_text().startswith(document.HEAD)

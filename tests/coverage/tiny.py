@@ -1,0 +1,191 @@
+"""Every causal type of transformers as a tiny model: its own default configuration, shrunk.
+
+Sizes are given by the name of their field, to nested configurations as well. What a type needs
+besides stands in `OVERRIDES`, or in the zoo, which has hand-made entries for many of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import zoo
+from zoo_entry import SIZES
+
+TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+# Beyond causal models: the class, whose own configuration is shrunk as well.
+CLASSES = (
+    "T5ForConditionalGeneration", "MT5ForConditionalGeneration", "UMT5ForConditionalGeneration",
+    "LongT5ForConditionalGeneration", "SwitchTransformersForConditionalGeneration",
+    "PegasusForConditionalGeneration", "BlenderbotForConditionalGeneration",
+    "MBartForConditionalGeneration", "BartForConditionalGeneration",
+    "WhisperForConditionalGeneration",
+    "ViTModel", "ViTForImageClassification", "DeiTModel", "DeiTForImageClassification",
+    "Dinov2Model", "Dinov2ForImageClassification", "DINOv3ViTModel",
+    "SiglipVisionModel", "SiglipTextModel", "CLIPTextModel", "CLIPVisionModel",
+    "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection",
+    "ModernBertModel", "ModernBertForMaskedLM", "EuroBertModel", "EuroBertForMaskedLM",
+    "BertModel", "BertForMaskedLM", "RobertaForMaskedLM",
+    "LlamaModel", "LlamaForSequenceClassification", "LlamaForTokenClassification",
+    "Qwen2ForSequenceClassification", "Qwen3ForTokenClassification",
+    "GPT2ForSequenceClassification", "GPTNeoXForTokenClassification",
+    "LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration", "PaliGemmaForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+)  # fmt: skip
+
+NAMES = (*TYPES, *CLASSES)
+
+# More names of sizes. No size is 2, 7 or 14: see `zoo_entry.SIZES`.
+MORE_SIZES: Mapping[str, Any] = {
+    **SIZES,
+    "n_embd": 54, "n_head": 9, "n_layer": 3, "n_inner": 88, "n_positions": 64,
+    "d_model": 54, "num_heads": 9, "num_layers": 3, "n_layers": 3, "n_heads": 9,
+    "decoder_layers": 3, "encoder_layers": 3, "decoder_ffn_dim": 88, "encoder_ffn_dim": 88,
+    "decoder_attention_heads": 9, "encoder_attention_heads": 9, "ffn_dim": 88,
+    "attention_hidden_size": 54, "state_size": 8,
+    "kv_lora_rank": 22, "q_lora_rank": 38, "qk_rope_head_dim": 6, "qk_nope_head_dim": 10,
+    "v_head_dim": 12, "index_n_heads": 3, "index_head_dim": 16, "index_topk": 4,
+    "n_routed_experts": 5, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "moe_layer_start_index": 1, "shared_expert_intermediate_size": 46,
+    "linear_num_key_heads": 3, "linear_num_value_heads": 9,
+    "linear_key_head_dim": 12, "linear_value_head_dim": 16,
+    "sliding_window": 4, "chunk_size": 4,
+}  # fmt: skip
+
+_LATENT: Mapping[str, Any] = {"num_key_value_heads": 9}  # every head has its own keys
+_MROPE: Mapping[str, Any] = {
+    "text_config": {
+        "vocab_size": 101, "hidden_size": 54, "intermediate_size": 88, "num_hidden_layers": 3,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]},
+    }
+}  # fmt: skip
+_ONE_CODEBOOK: Mapping[str, Any] = {
+    "decoder": {
+        "num_codebooks": 1, "vocab_size": 101, "hidden_size": 54, "ffn_dim": 88,
+        "num_attention_heads": 9, "num_hidden_layers": 3, "max_position_embeddings": 64,
+    }
+}  # fmt: skip
+_MAMBA: Mapping[str, Any] = {"mamba_n_heads": 9, "mamba_d_head": 12, "mamba_d_state": 8}
+
+OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    **dict.fromkeys(
+        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
+         "glm_moe_dsa", "minicpm3", "youtu"),
+        _LATENT,
+    ),
+    "Qwen2VLForConditionalGeneration": _MROPE,
+    "Qwen2_5_VLForConditionalGeneration": _MROPE,
+    "DINOv3ViTModel": {"hidden_size": 72},  # rotary embeddings of two dimensions
+    "bamba": _MAMBA,
+    "blt": {
+        part: {"hidden_size": 54, "hidden_size_global": 54, "num_attention_heads": 9,
+               "num_hidden_layers": 3, "intermediate_size": 88, **more}
+        for part, more in {
+            "encoder_config": {}, "decoder_config": {},
+            "patcher_config": {"vocab_size": 260}, "global_config": {},
+        }.items()
+    } | {"encoder_hash_byte_group_vocab": 103, "encoder_hash_byte_group_size": [3, 4]},
+    "cohere_compass_text": {"rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4}
+        for kind in ("full_attention", "sliding_attention")}},
+    "deepseek_v4": {"o_groups": 3, "o_lora_rank": 13},
+    # Its two calls split the values, so the key-value heads are even.
+    "diffllama": {"hidden_size": 72, "num_attention_heads": 12, "num_key_value_heads": 4,
+                  "head_dim": 6},
+    "dots1": {"n_shared_experts": 3, "n_routed_experts": 5},
+    "dots3_note_text": {**_LATENT, "head_dim": 16, "n_routed_experts": 5,
+                        "index_head_dim": 16},
+    "granitemoehybrid": {**_MAMBA, "shared_intermediate_size": 46,
+                         "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    "helium": {"head_dim": 6},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "longcat_flash": {**_LATENT, "ffn_hidden_size": 88, "expert_ffn_hidden_size": 34, "moe_topk": 3,
+                      "zero_expert_num": 3, "head_dim": 6},
+    "mamba2": {"num_heads": 9, "head_dim": 12, "state_size": 8, "n_groups": 3},
+    "mimo_v2_flash": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "musicgen": _ONE_CODEBOOK,
+    "musicgen_melody": _ONE_CODEBOOK,
+    "prophetnet": {"num_decoder_attention_heads": 9, "num_encoder_attention_heads": 9,
+                   "num_decoder_layers": 3, "num_encoder_layers": 3},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [18, 36],
+                 "attn_layers": ["local", "local", "local"], "feed_forward_size": 88,
+                 "local_attn_chunk_length": 11, "attention_head_size": 6},
+    "xlm": {"emb_dim": 54, "n_heads": 9, "n_words": 101},
+    "xlnet": {"d_model": 54, "n_head": 9, "d_inner": 88, "n_layer": 3},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 5, "layers_block_type": [
+        "linear_attention", "hybrid", "linear_attention", "linear_attention", "hybrid"],
+        "attention_hidden_size": 108, "attention_head_dim": 12, "num_key_value_heads": 9,
+        "n_mamba_heads": 3, "mamba_dt_rank": 5, "mamba_d_state": 8},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+
+# Types whose own model cannot be made here, and what stands in for it.
+STAND_INS: Mapping[str, str] = {
+    "dots3_note": "dots3_note_text",  # the same decoder, behind encoders for images and sound
+    "gemma3n": "gemma3n_text",  # its vision tower needs another package
+    "gemma4_assistant": "gemma4_text",  # it shares the cache of the model that it assists
+    "gemma4_unified_assistant": "gemma4_text",
+}
+
+
+def config_of(model_type: str) -> PreTrainedConfig:
+    """The configuration of a tiny model of that type."""
+    if model_type in zoo.ZOO and model_type not in OVERRIDES:
+        entry = zoo.ZOO[model_type]
+        if entry.model_type == model_type and not entry.architecture:
+            return zoo.make_config(entry)
+    config_class = CONFIG_MAPPING[model_type]
+    given = dict(OVERRIDES.get(model_type, {}))
+    return config_class(**{**_shrunk(config_class), **given})
+
+
+def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    declared = zoo._fields(config_class)
+    sizes = {key: size for key, size in MORE_SIZES.items() if key in declared}
+    if config_class.sub_configs:
+        default = config_class()
+        for key in config_class.sub_configs:
+            nested = getattr(default, key, None)
+            if isinstance(nested, PreTrainedConfig):
+                sizes[key] = {"model_type": nested.model_type, **_shrunk(type(nested))}
+    return sizes
+
+
+def _class_of(name: str) -> tuple[Any, PreTrainedConfig]:
+    """The model class of a type or of a class's own name, and its tiny configuration."""
+    if name in CLASSES:
+        model_class: Any = getattr(transformers, name)
+        config_class = model_class.config_class
+        return model_class, config_class(**{**_shrunk(config_class), **OVERRIDES.get(name, {})})
+    config = config_of(STAND_INS.get(name, name))
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if isinstance(model_class, (tuple, list)):
+        model_class = model_class[0]
+    if not isinstance(config, model_class.config_class):  # that of a whole, for its decoder
+        parts = (getattr(config, key) for key in config.sub_configs)
+        config = next(part for part in parts if isinstance(part, model_class.config_class))
+    return model_class, config
+
+
+def build(name: str) -> Any:
+    """The model with every parameter drawn at random, in float64."""
+    model_class, config = _class_of(name)
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(config)
+    zoo._randomise(model, torch.Generator().manual_seed(0))
+    return model.eval()
+
+
+def save(name: str, folder: Path) -> None:
+    """Its checkpoint, stored in float64."""
+    build(name).to(torch.float64).save_pretrained(folder)
