@@ -13,7 +13,7 @@ import tiny
 import torch
 
 import normconvert
-from normconvert.ir.plan import Plan, Verdict
+from normconvert.ir.plan import Verdict
 from normconvert.precision import float64
 from normconvert.source import open_checkpoint
 from normconvert.verify.loading import load_model
@@ -44,48 +44,43 @@ class Row:
 
 
 def measure(name: str, folder: Path) -> Row:
-    """Save the model called `name`, convert the checkpoint with everything, and compare.
+    """Save the model called `name`, convert the checkpoint with what applies, and compare.
 
     Raises:
         AssertionError: something is refused without a sentence.
     """
     source = folder / "source"
     tiny.save(name, source)
-    inputs, before = _run(source)
-    results: dict[str, str] = {}
-    plans: dict[str, Plan] = {}
-    errors = [0.0]
-    for rewrite in REWRITES:
-        try:
-            output = folder / rewrite
-            conversion = normconvert.convert(source, output, rewrite, verify=False)
-        except normconvert.NormconvertError as error:
-            results[rewrite] = _refusal(error, source)
-            continue
-        plan = plans[rewrite] = conversion.inspection.plan
-        _, after = _run(output, inputs)
-        scale = float(before.abs().max())
-        errors.append(float((after - before).abs().max()) / scale)
-        asked = [verdict for verdict in plan.verdicts if verdict.rule == rewrite]
-        if rewrite != "flashnorm":
-            asked = [verdict for verdict in asked if verdict.kind == "layernorm"]
-        results[rewrite] = f"{len(plan.changed(rewrite))} of {len(asked)}"
     try:
-        inspected = plans.get("flashnorm") or normconvert.inspect(source).plan
+        plan = normconvert.inspect(source).plan
     except normconvert.TraceError as error:
         return Row(
             name=name, model="", norms="not traced", folded="", kept=(_refusal(error, source),),
             rmsnorm="", crmsnorm="", error=0.0,
         )  # fmt: skip
-    has_layer_norms = any(verdict.kind == "layernorm" for verdict in inspected.verdicts)
+    layer_norms = any(verdict.kind == "layernorm" for verdict in plan.verdicts)
+    inputs, before = _run(source)
+    results, errors = {}, [0.0]
+    for rewrite in REWRITES if layer_norms else REWRITES[:1]:
+        try:
+            output = folder / rewrite
+            converted = normconvert.convert(source, output, rewrite, verify=False).inspection.plan
+        except normconvert.NormconvertError as error:
+            results[rewrite] = _refusal(error, source)
+            continue
+        _, after = _run(output, inputs)
+        errors.append(float((after - before).abs().max() / before.abs().max()))
+        asked = [verdict for verdict in converted.verdicts if verdict.rule == rewrite]
+        count = sum(verdict.kind == "layernorm" for verdict in asked)
+        results[rewrite] = f"{len(converted.changed(rewrite))} of {count}"
     return Row(
         name=name,
-        model=inspected.model,
-        norms=", ".join(_formulas(inspected.verdicts)),
-        folded=f"{len(inspected.folded)} of {len(inspected.verdicts)}",
-        kept=tuple(_kept(inspected.kept("flashnorm"))),
-        rmsnorm=results["rmsnorm"] if has_layer_norms else "-",
-        crmsnorm=results["crmsnorm"] if has_layer_norms else "-",
+        model=plan.model,
+        norms=", ".join(_formulas(plan.verdicts)),
+        folded=f"{len(plan.folded)} of {len(plan.verdicts)}",
+        kept=tuple(_kept(plan.kept("flashnorm"))),
+        rmsnorm=results.get("rmsnorm", "-"),
+        crmsnorm=results.get("crmsnorm", "-"),
         error=max(errors),
     )
 
