@@ -130,6 +130,7 @@ def convert(
                 returns=returns,
                 certificate=certify(plan, base, written, listen),
                 algebra=None,
+                centered="rmsnorm" in plan.rules,
                 trust_remote_code=trust_remote_code,
                 listen=listen,
             )
@@ -172,7 +173,7 @@ def verify_equivalence(
     from normconvert.verify import compare
 
     pair = _open(original, None, model_class), _open(converted, None, model_class)
-    certificate, algebra, notes = _proof(*pair, trust_remote_code, listen)
+    certificate, algebra, centered, notes = _proof(*pair, trust_remote_code, listen)
     report = compare(
         *pair,
         text=text,
@@ -180,6 +181,7 @@ def verify_equivalence(
         returns=returns,
         certificate=certificate,
         algebra=algebra,
+        centered=centered,
         trust_remote_code=trust_remote_code,
         listen=listen,
     )
@@ -232,8 +234,11 @@ def _plan(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan,
 
 def _proof(
     original: Checkpoint, converted: Checkpoint, trust_remote_code: bool, listen: Listener
-) -> tuple[Certificate | None, Algebra | None, tuple[str, ...]]:
-    """What a plan made anew says of a checkpoint that tells how it was converted, and notes."""
+) -> tuple[Certificate | None, Algebra | None, bool, tuple[str, ...]]:
+    """What a plan made anew says of a checkpoint that tells how it was converted.
+
+    The certificate, the algebra, whether streams were centered, and notes.
+    """
     from normconvert.planner import modules_of
     from normconvert.settle import Request
     from normconvert.verify import certify, check_sites, refused, stored_options
@@ -241,23 +246,24 @@ def _proof(
     try:
         options = stored_options(converted)
         if options is None:
-            return None, None, ()
+            return None, None, False, ()
         lists = {name: tuple(each) for name, each in options.items() if isinstance(each, list)}
         request = Request(**{**options, **lists})
         graph = _graph(original, request.returns, trust_remote_code, listen)
         plan, base, _ = _plan(graph, original, request)
     except (NormconvertError, TypeError) as error:
         what = f"no plan can be made for it with the stored options ({error})"
-        return refused(original.model, what), None, ()
+        return refused(original.model, what), None, False, ()
     certificate = certify(plan, base, converted, listen)
+    centered = "rmsnorm" in plan.rules
     if plan.changed("prmsnorm"):
-        return certificate, None, ()
+        return certificate, None, centered, ()
     try:
         modules = modules_of(graph)
         algebra = check_sites(plan, original, converted, modules, trust_remote_code)
     except VerificationError as error:
-        return certificate, None, (str(error),)
-    return certificate, algebra, ()
+        return certificate, None, centered, (str(error),)
+    return certificate, algebra, centered, ()
 
 
 def _acceptable(verification: Equivalence, plan: Plan) -> bool:

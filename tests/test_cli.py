@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -120,7 +121,7 @@ OPTIONS = {
         "--debug",
     },
     "verify-equivalence": {
-        "--json", "--text", "--dtype <float64|float32|bfloat16|float16>", "--returns",
+        "--json", "--report", "--text", "--dtype <float64|float32|bfloat16|float16>", "--returns",
         "--trust-remote-code", "--debug",
     },
 }  # fmt: skip
@@ -455,6 +456,26 @@ def test_code_of_the_checkpoint_runs_when_trusted(originals: Path, tmp_path: Pat
 
 def verify(cwd: Path, *arguments: str | Path) -> Run:
     return run_here("verify-equivalence", *arguments, cwd=cwd)
+
+
+def test_the_page(converted: Path, originals: Path, tmp_path: Path) -> None:
+    """Self-contained, well-formed, with everything in it that the report has."""
+    good, bad = tmp_path / "good.html", tmp_path / "bad.html"
+    assert verify(tmp_path, originals / "llama", converted, "--report", good).status == 0
+    odd = Path(shutil.copytree(originals / "other", tmp_path / "<b>odd & ends"))
+    assert verify(tmp_path, originals / "llama", odd, "--report", bad).status == 1
+    for path, words in (
+        (good, ["<h1 class='good'>Equivalent", "Certificate: valid", "7 rewritten norms"]),
+        (bad, ["<h1 class='bad'>Not equivalent", "part at <code>model.layers.0", "&lt;b&gt;odd"]),
+    ):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"https?:|<script|<link|<img|@import|url\(", text)
+        assert all(word in text for word in words)
+        assert text.count("<svg") == 3  # the layers, and how the logits differ on both sets
+        assert "nan" not in text.lower()
+        counter = Counter(re.findall(r"<(/?[a-z0-9]+)", text))
+        for tag in ("table", "tr", "td", "th", "svg", "details", "p", "h2", "code", "body"):
+            assert counter[tag] == counter[f"/{tag}"], tag
 
 
 def test_verify_the_first_run(converted: Path, originals: Path, tmp_path: Path) -> None:

@@ -316,6 +316,12 @@ def verify_equivalence(
         Optional[Path],  # noqa: UP045
         typer.Option("--json", help="Write the report here; - for stdout.", show_default=False),
     ] = None,
+    html: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--report", help="Write the report here as one HTML page.", show_default=False
+        ),
+    ] = None,
     text: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
@@ -352,6 +358,10 @@ def verify_equivalence(
         show_equivalence(report)
     if json_file is not None and not to_stdout:
         json_file.write_text(to_text(report.to_json()) + "\n", encoding="utf-8")
+    if html is not None:
+        from normconvert.cli.html import page
+
+        html.write_text(page(report), encoding="utf-8")
     raise typer.Exit(0 if report.equivalent else 1)
 
 

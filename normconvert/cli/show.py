@@ -207,6 +207,13 @@ def show_equivalence(report: Equivalence) -> None:
     _show_notes(console, report.notes)
     verdict = "[green]Equivalent[/]" if report.equivalent else "[red]Not equivalent[/]"
     console.print(f"{verdict}: {_why(report)}", soft_wrap=True)
+    if report.parts_at is not None:
+        layer = next(layer for layer in report.layers if layer.module == report.parts_at)
+        console.print(
+            f"The two part at {escape(layer.module)}: behind it their states differ by "
+            f"{layer.rms:.1e} (RMS; the noise floor is {layer.floor:.1e}).",
+            soft_wrap=True,
+        )
 
 
 def _show_certificate(console: Console, certificate: Certificate) -> None:

@@ -49,7 +49,9 @@ class Comparison:
     KL(original || converted) in nats, `top1` the share of positions with the same most likely
     token, `perplexity` that of the two models on text (None: they predict no next token).
     `floor_max` and `floor_rms` are how far the original's logits move when the tensors
-    in which the two differ are perturbed within the rounding of their stored dtype.
+    in which the two differ are perturbed within the rounding of their stored dtype. `distribution`
+    counts the logits by the power of ten of their difference: (-7, 12) are 12 between 1e-7 and
+    1e-6; those without any are left out.
     """
 
     tokens: str
@@ -61,6 +63,7 @@ class Comparison:
     perplexity: tuple[float, float] | None
     floor_max: float
     floor_rms: float
+    distribution: tuple[tuple[int, int], ...]
     equivalent: bool
 
 
@@ -122,11 +125,22 @@ class Algebra:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """How far the states behind one layer lie apart (RMS), and the floor for that."""
+
+    module: str
+    rms: float
+    floor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Equivalence:
     """The verdict on two models. `dtype` is the one that the logits were computed in.
 
     `certificate` and `algebra` are None for a checkpoint that says nothing about how it was
     converted; the latter also where it was not asked for, or cannot be had (`notes` say why).
+    `layers` are in the order in which they run; `parts_at` is the first at which two models that
+    are not equivalent are further apart than the rounding of their weights explains.
     """
 
     original: str
@@ -137,6 +151,8 @@ class Equivalence:
     comparisons: tuple[Comparison, ...]
     certificate: Certificate | None
     algebra: Algebra | None
+    layers: tuple[Layer, ...]
+    parts_at: str | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:

@@ -6,18 +6,19 @@ import hashlib
 import math
 from collections import Counter
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import get_max_memory
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.ir.event import Event, Listener
-from normconvert.ir.report import Algebra, Certificate, Comparison, Equivalence
+from normconvert.ir.report import Algebra, Certificate, Comparison, Equivalence, Layer
 from normconvert.model_class import auto_classes
 from normconvert.precision import float64
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
+from normconvert.verify.layers import distances, layer_states
 from normconvert.verify.loading import load_model
 from normconvert.verify.noise import perturbed
 from normconvert.verify.tokens import input_sets
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _FLOOR_RUNS = 3
 _TIMES_FLOOR = 4.0
 _PASSES = 2 + _FLOOR_RUNS
+_Outputs: TypeAlias = "tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]"
 
 
 def compare(
@@ -39,13 +41,14 @@ def compare(
     returns: tuple[str, ...],
     certificate: Certificate | None,
     algebra: Algebra | None,
+    centered: bool,
     trust_remote_code: bool,
     listen: Listener,
 ) -> Equivalence:
     """Whether `converted` gives the outputs of `original`: logits, or without a head its states.
 
     Or the outputs called `returns`, if there are any. A `certificate` and the `algebra`
-    have to be valid as well.
+    have to be valid as well. `centered` says that the models' streams may differ by their means.
 
     Both are run on the same input. Then the tensors in which they differ are perturbed in the
     original within the rounding of their stored dtype, three times; they are equivalent if
@@ -61,24 +64,26 @@ def compare(
     with _Runner(compute, returns, trust_remote_code, listen) as run:
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code)
-        reference = run.outputs(model, sets)
+        reference, reference_states = run.outputs(model, sets)
         generates = "AutoModelForCausalLM" in auto_classes(type(model), model.config)
         before, shapes = _digests(model), _shapes(model)
         del model
         model = run.load(converted)
-        candidate = run.outputs(model, sets)
+        candidate, states = run.outputs(model, sets)
         _refuse_other_shapes(reference, candidate)
         after = _digests(model)
         resized = any(shapes.get(name, shape) != shape for name, shape in _shapes(model).items())
         del model
         differing = _differing(before, after)
-        floors = []
+        floors, layer_floors = [], []
         for seed in range(_FLOOR_RUNS if differing else 0):
             model = run.load(converted if resized else original)
             moving = _differing(after, before) if resized else differing
             _perturb(model, moving, original, converted, seed)
-            moved = run.outputs(model, sets)
+            moved, moved_states = run.outputs(model, sets)
             floors.append(_distances(candidate if resized else reference, moved))
+            base = states if resized else reference_states
+            layer_floors.append(distances(base, moved_states, centered))
             del model
     comparisons = tuple(
         _comparison(
@@ -90,16 +95,25 @@ def compare(
         )
         for name in reference
     )
+    layers = tuple(
+        Layer(module=module, rms=rms, floor=max((each[module] for each in layer_floors), default=0))
+        for module, rms in distances(reference_states, states, centered).items()
+    )
+    equivalent = all(comparison.equivalent for comparison in comparisons) and all(
+        each is None or each.valid for each in (certificate, algebra)
+    )
+    apart = (layer.module for layer in layers if layer.rms > _TIMES_FLOOR * layer.floor)
     return Equivalence(
         original=original.model,
         converted=converted.model,
-        equivalent=all(comparison.equivalent for comparison in comparisons)
-        and all(each is None or each.valid for each in (certificate, algebra)),
+        equivalent=equivalent,
         dtype=str(compute).removeprefix("torch."),
         differing_tensors=len(differing),
         comparisons=comparisons,
         certificate=certificate,
         algebra=algebra,
+        layers=layers,
+        parts_at=None if equivalent else next(apart, None),
         notes=notes,
     )
 
@@ -130,12 +144,15 @@ class _Runner:
     def load(self, checkpoint: Checkpoint) -> Any:
         return load_model(checkpoint, self._compute, self._trust)
 
-    def outputs(self, model: Any, sets: dict[str, dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """What `model` computes of every set of inputs, each [positions, features]."""
+    def outputs(self, model: Any, sets: dict[str, dict[str, Any]]) -> _Outputs:
+        """What `model` computes of every set of inputs, each [positions, features].
+
+        And what its layers return on the way, one tensor for each of their calls.
+        """
         exact = float64() if self._compute is torch.float64 else nullcontext()
         found: dict[str, torch.Tensor] = {}
         try:
-            with torch.no_grad(), exact:
+            with torch.no_grad(), exact, layer_states(model) as states:
                 for name, inputs in sets.items():
                     found |= _named_outputs(name, model(**inputs), self._returns)
         except Exception as error:  # the model's own code may raise anything
@@ -144,7 +161,7 @@ class _Runner:
             ) from error
         self._done += 1
         self._listen(Event("verifying", self._done, _PASSES))
-        return found
+        return found, states
 
 
 def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
@@ -284,8 +301,16 @@ def _comparison(
         perplexity=None if text is None else (_perplexity(p, text), _perplexity(q, text)),
         floor_max=floor_max,
         floor_rms=floor_rms,
+        distribution=_distribution(reference, candidate),
         equivalent=largest <= _TIMES_FLOOR * floor_max and rms <= _TIMES_FLOOR * floor_rms,
     )
+
+
+def _distribution(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[tuple[int, int], ...]:
+    difference = (reference.to(torch.float64) - candidate.to(torch.float64)).abs()
+    powers = difference[(difference > 0) & difference.isfinite()].log10().floor().to(torch.int64)
+    values, counts = torch.unique(powers, return_counts=True)
+    return tuple(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _perplexity(log_probabilities: torch.Tensor, ids: torch.Tensor) -> float:

@@ -173,7 +173,8 @@ def _class_of(name: str) -> tuple[Any, PreTrainedConfig]:
         model_class = model_class[0]
     if not isinstance(config, model_class.config_class):  # that of a whole, for its decoder
         parts = (getattr(config, key) for key in config.sub_configs)
-        config = next(part for part in parts if isinstance(part, model_class.config_class))
+        fitting = (part for part in parts if isinstance(part, model_class.config_class))
+        config = next(fitting, config)
     return model_class, config
 
 
