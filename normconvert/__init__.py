@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from normconvert.api import convert, inspect, verify_equivalence
     from normconvert.ir.plan import Plan, Verdict
     from normconvert.ir.report import Conversion, Equivalence, Inspection
+    from normconvert.push import push
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "push",
     "verify_equivalence",
 ]
 
@@ -50,6 +52,7 @@ _HOMES = {
     "convert": "normconvert.api",
     "inspect": "normconvert.api",
     "verify_equivalence": "normconvert.api",
+    "push": "normconvert.push",
     "Plan": "normconvert.ir.plan",
     "Verdict": "normconvert.ir.plan",
     "Conversion": "normconvert.ir.report",

@@ -88,7 +88,7 @@ def convert(
     Raises:
         NormconvertError: anything refused or wrong in the input; nothing was written.
     """
-    from normconvert.rewrite import stage, write
+    from normconvert.rewrite import add_to_manifest, stage, write
     from normconvert.rewrite.folder import check_output
     from normconvert.settle import Request
 
@@ -136,6 +136,8 @@ def convert(
             )
         rejected = verification is not None and not _acceptable(verification, plan)
         if not rejected:
+            if verification is not None:
+                add_to_manifest(staged.path, "verification", verification.to_json())
             staged.commit()
     return Conversion(
         status="rejected" if rejected else "converted",

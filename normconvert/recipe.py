@@ -29,7 +29,7 @@ class Recipe:
     dtype: Dtype = "keep"
     fraction: float = 0.0625
     verify: bool = True
-    push: None = None
+    push: str | None = None
 
 
 _WORDS: dict[str, tuple[object, ...]] = {
@@ -37,7 +37,6 @@ _WORDS: dict[str, tuple[object, ...]] = {
     "tied": ("keep", "untie"),
     "dtype": ("keep", "float32", "bfloat16", "float16"),
     "verify": (True, False),
-    "push": (None,),
 }
 _STEPS = ("flashnorm", "rmsnorm", "crmsnorm", "prmsnorm")
 
@@ -75,6 +74,11 @@ def _checked(path: Path, content: dict[Any, Any]) -> Recipe:
     fraction = content.get("fraction", 1)
     if not isinstance(fraction, (int, float)) or isinstance(fraction, bool):
         raise RecipeError(f"fraction in {path} is {fraction!r}; give a number between 0 and 1.")
+    push = content.get("push")
+    if push is not None and (not isinstance(push, str) or push.count("/") != 1):
+        raise RecipeError(
+            f"push in {path} is {push!r}; give USER/NAME on the Hub, or leave it out."
+        )
     return Recipe(**{**content, "steps": tuple(steps)})
 
 

@@ -109,7 +109,7 @@ OPTIONS = {
     "": {"--version", "--help"},
     "flashnorm": {
         "-o", "--output", "--format <stock|native>", "--tied <keep|untie>",
-        "--dtype <keep|float32|bfloat16|float16>", "--dry-run", "--no-verify", "--force",
+        "--dtype <keep|float32|bfloat16|float16>", "--dry-run", "--no-verify", "--force", "--push",
         "--returns", "--revision", "--trust-remote-code", "--json", "--debug",
     },
     "rmsnorm": {"--format <stock|native>", "--target", "--tied <keep|untie>", "--force"},
@@ -123,6 +123,10 @@ OPTIONS = {
     "verify-equivalence": {
         "--json", "--report", "--text", "--dtype <float64|float32|bfloat16|float16>", "--returns",
         "--trust-remote-code", "--debug",
+    },
+    "push": {
+        "--private", "--revision", "--create-pr", "--commit-message", "--token", "--unverified",
+        "--json", "--debug",
     },
 }  # fmt: skip
 

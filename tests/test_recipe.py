@@ -36,7 +36,7 @@ def test_a_recipe(tmp_path: Path) -> None:
         ("steps: [flashnorm]\nformat: gguf", "format in .* is 'gguf'; it may be stock, native"),
         ("steps: [flashnorm]\ntide: untie", "the key 'tide'; a recipe may have steps, format"),
         ("steps: [flashnorm]\nverify: maybe", "verify in .* is 'maybe'; it may be True, False"),
-        ("steps: [flashnorm]\npush: me/model", "push in"),
+        ("steps: [flashnorm]\npush: model", "push in"),
         ("steps: [prmsnorm]\nfraction: half", "fraction in .* is 'half'; give a number"),
         ("steps: [prmsnorm]\nfraction: true", "fraction in"),
         ("- flashnorm", "is not a recipe"),

@@ -23,6 +23,7 @@ ALLOWED = {
     "recipe": {"errors", "ir", "api"},
     "registration": {"models", "nn"},
     "models": {"models"},
+    "push": {*SHARED, "push"},
     "nn": {"nn"},
     "trace": {*SHARED, "trace", *MODELS},
     "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
-    "cli": {*SHARED, "cli", "api", "recipe", "__init__"},
+    "cli": {*SHARED, "cli", "api", "push", "recipe", "__init__"},
 }
 TORCH = {
     "models",

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from normconvert import __version__
+from normconvert.cli.options import (
+    Branch,
+    ComputeDtype,
+    CreatePr,
+    Debug,
+    DryRun,
+    Dtype,
+    Force,
+    Format,
+    HtmlFile,
+    Json,
+    JsonFile,
+    Message,
+    Model,
+    NoVerify,
+    Output,
+    Private,
+    Push,
+    Returns,
+    Revision,
+    Target,
+    TextFile,
+    Tied,
+    Token,
+    Trust,
+    Unverified,
+)
 from normconvert.errors import NormconvertError
 
 if TYPE_CHECKING:
@@ -20,57 +47,6 @@ app = typer.Typer(
     help="Rewrite the normalization layers of Hugging Face checkpoints exactly, and prove it.",
 )
 
-Output = Annotated[
-    Optional[Path],  # noqa: UP045  (Typer evaluates this at run time on Python 3.10)
-    typer.Option("-o", "--output", help="Default: ./NAME-REWRITE.", show_default=False),
-]
-Format = Annotated[
-    Literal["stock", "native"],
-    typer.Option(
-        help="stock: the same architecture, for any runtime. native: with other norms, and the "
-        "code for them."
-    ),
-]
-Dtype = Annotated[
-    Literal["keep", "float32", "bfloat16", "float16"],
-    typer.Option(help="The dtype to store all floating-point weights in."),
-]
-Target = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        help="The model_type of a stock model to become, such as llama, if the two provably "
-        "compute the same. Stock format.",
-        show_default=False,
-    ),
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")]
-NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
-Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
-Tied = Annotated[
-    Literal["keep", "untie"],
-    typer.Option(help="Keep tied embeddings tied, or store the head on its own to fold into it."),
-]
-Returns = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option(
-        help="An output of the model that must stay the same, such as pooler_output; give it once "
-        "for each. Default: all of them.",
-        show_default=False,
-    ),
-]
-Revision = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Branch, tag or commit of a Hub repository.", show_default=False),
-]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the model code in the checkpoint.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 @app.command()
 def flashnorm(
@@ -82,6 +58,7 @@ def flashnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
+    push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -103,6 +80,7 @@ def flashnorm(
         dry_run=dry_run,
         verify=not no_verify,
         force=force,
+        push=push,
         returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -120,6 +98,7 @@ def rmsnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
+    push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -142,6 +121,7 @@ def rmsnorm(
         dry_run=dry_run,
         verify=not no_verify,
         force=force,
+        push=push,
         returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -157,6 +137,7 @@ def crmsnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
+    push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -178,6 +159,7 @@ def crmsnorm(
         dry_run=dry_run,
         verify=not no_verify,
         force=force,
+        push=push,
         returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -196,6 +178,7 @@ def prmsnorm(
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
+    push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -218,6 +201,7 @@ def prmsnorm(
         dry_run=dry_run,
         verify=not no_verify,
         force=force,
+        push=push,
         returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -233,6 +217,7 @@ def run(
     output: Output = None,
     dry_run: DryRun = False,
     force: Force = False,
+    push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
@@ -255,6 +240,7 @@ def run(
         verify=found.verify,
         dry_run=dry_run,
         force=force,
+        push=push or found.push,
         returns=returns,
         revision=revision,
         trust_remote_code=trust_remote_code,
@@ -266,6 +252,7 @@ def _convert(
     output: Path | None,
     rewrites: tuple[Rewrite, ...],
     *,
+    push: str | None,
     returns: list[str] | None,
     as_json: bool,
     **options: Any,
@@ -274,11 +261,25 @@ def _convert(
     from normconvert.cli.progress import progress
     from normconvert.cli.show import show_conversion, show_json
 
+    if push is not None and not options["verify"]:
+        raise NormconvertError("--push needs the verification; leave out --no-verify.")
     with progress(hidden=as_json) as listen:
         kept = tuple(returns or ())
         report = convert(model, output, rewrites, returns=kept, listen=listen, **options)
-    show_json(report.to_json()) if as_json else show_conversion(report)
+    if not as_json:
+        show_conversion(report)
+    url = _push(report.output, push) if push is not None and report.output is not None else None
+    if as_json:
+        show_json(report.to_json() | ({"pushed": url} if url else {}))
+    elif url:
+        typer.echo(f"Pushed: {url}")
     raise typer.Exit(1 if report.status == "rejected" else 0)
+
+
+def _push(folder: str, repo_id: str) -> str:
+    from normconvert.push import push as publish
+
+    return publish(folder, repo_id)
 
 
 @app.command()
@@ -312,26 +313,10 @@ def inspect(
 def verify_equivalence(
     original: Model,
     converted: Annotated[str, typer.Argument(help="The other one.", show_default=False)],
-    json_file: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--json", help="Write the report here; - for stdout.", show_default=False),
-    ] = None,
-    html: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--report", help="Write the report here as one HTML page.", show_default=False
-        ),
-    ] = None,
-    text: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(
-            help="A text file to compare on.", exists=True, dir_okay=False, show_default=False
-        ),
-    ] = None,
-    dtype: Annotated[
-        Optional[Literal["float64", "float32", "bfloat16", "float16"]],  # noqa: UP045
-        typer.Option(help="Compute in this dtype. Default: the next wider one than the weights'."),
-    ] = None,
+    json_file: JsonFile = None,
+    html: HtmlFile = None,
+    text: TextFile = None,
+    dtype: ComputeDtype = None,
     returns: Returns = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
@@ -363,6 +348,40 @@ def verify_equivalence(
 
         html.write_text(page(report), encoding="utf-8")
     raise typer.Exit(0 if report.equivalent else 1)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="The output of a conversion.")],
+    repo_id: Annotated[str, typer.Argument(help="USER/NAME on the Hub.")],
+    private: Private = False,
+    revision: Branch = None,
+    create_pr: CreatePr = False,
+    commit_message: Message = None,
+    token: Token = None,
+    unverified: Unverified = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Publish a converted checkpoint on the Hub, with a model card."""
+    from normconvert.push import push as publish
+
+    url = publish(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        token=token,
+        unverified=unverified,
+    )
+    if as_json:
+        from normconvert.cli.show import show_json
+
+        show_json({"url": url})
+    else:
+        typer.echo(f"Pushed: {url}")
 
 
 @app.callback(invoke_without_command=True)

@@ -59,6 +59,15 @@ def write(
         raise cannot_write(folder, error) from error
 
 
+def add_to_manifest(folder: Path, key: str, value: Any) -> None:
+    """Note `value`, plain data, in the manifest of a folder that `write` has filled."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+        (folder / MANIFEST).write_text(json.dumps({**manifest, key: value}, indent=1) + "\n")
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
 def preview(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """The checkpoint that `write` would make, without its bytes. Its config.json is in `folder`."""
     shutil.copyfile(checkpoint.folder / "config.json", folder / "config.json")

@@ -13,9 +13,14 @@ import tiny
 import torch
 
 import normconvert
+from normconvert.ir.event import ignore
 from normconvert.ir.plan import Verdict
+from normconvert.planner import make_plan
 from normconvert.precision import float64
-from normconvert.source import open_checkpoint
+from normconvert.rewrite import write
+from normconvert.settle import Request, settle
+from normconvert.source import Checkpoint, open_checkpoint
+from normconvert.trace import trace
 from normconvert.verify.loading import load_model
 from normconvert.verify.tokens import input_sets
 
@@ -49,26 +54,36 @@ def measure(name: str, folder: Path) -> Row:
     Raises:
         AssertionError: something is refused without a sentence.
     """
-    source = folder / "source"
-    tiny.save(name, source)
+    tiny.save(name, folder / "source")
+    source = open_checkpoint(str(folder / "source"))
     try:
-        plan = normconvert.inspect(source).plan
+        graph = trace(source)
     except normconvert.TraceError as error:
         return Row(
             name=name, model="", norms="not traced", folded="", kept=(_refusal(error, source),),
             rmsnorm="", crmsnorm="", error=0.0,
         )  # fmt: skip
+    plan = make_plan(graph, source, ("flashnorm",))
     layer_norms = any(verdict.kind == "layernorm" for verdict in plan.verdicts)
     inputs, before = _run(source)
     results, errors = {}, [0.0]
     for rewrite in REWRITES if layer_norms else REWRITES[:1]:
+        request = Request(
+            rewrites=(rewrite,),
+            format="stock" if rewrite == "flashnorm" else "native",
+            tied="keep",
+            dtype="keep",
+            fraction=1.0,
+        )
         try:
-            output = folder / rewrite
-            converted = normconvert.convert(source, output, rewrite, verify=False).inspection.plan
+            converted, _ = settle(graph, source, request)  # the trace is most of the time
         except normconvert.NormconvertError as error:
             results[rewrite] = _refusal(error, source)
             continue
-        _, after = _run(output, inputs)
+        output = folder / rewrite
+        output.mkdir()
+        write(converted, source, output, {}, ignore)
+        _, after = _run(open_checkpoint(str(output)), inputs)
         errors.append(float((after - before).abs().max() / before.abs().max()))
         asked = [verdict for verdict in converted.verdicts if verdict.rule == rewrite]
         count = sum(verdict.kind == "layernorm" for verdict in asked)
@@ -85,9 +100,10 @@ def measure(name: str, folder: Path) -> Row:
     )
 
 
-def _run(folder: Path, inputs: dict[str, Any] | None = None) -> tuple[dict[str, Any], torch.Tensor]:
-    """What the model in `folder` computes of random inputs, in float64, and the inputs."""
-    checkpoint = open_checkpoint(str(folder))
+def _run(
+    checkpoint: Checkpoint, inputs: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What the model of `checkpoint` computes of random inputs, in float64, and the inputs."""
     model = load_model(checkpoint, torch.float64, trust_remote_code=False)
     if inputs is None:
         sets, _ = input_sets(model, checkpoint, None, trust_remote_code=False)
@@ -102,10 +118,10 @@ def _run(folder: Path, inputs: dict[str, Any] | None = None) -> tuple[dict[str, 
     return inputs, found if pooled is None else torch.cat([found, pooled.flatten()])
 
 
-def _refusal(error: Exception, source: Path) -> str:
+def _refusal(error: Exception, source: Checkpoint) -> str:
     if not SENTENCE.fullmatch(str(error)):
         raise AssertionError(f"no sentence: {error}")
-    return starred(str(error).replace(str(source), "it"))
+    return starred(str(error).replace(source.model, "it"))
 
 
 def _formulas(verdicts: Iterable[Verdict]) -> list[str]:

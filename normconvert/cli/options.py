@@ -1,0 +1,98 @@
+"""The options that several commands share. Typer evaluates them at run time, on Python 3.10 too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+Output = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("-o", "--output", help="Default: ./NAME-REWRITE.", show_default=False),
+]
+Format = Annotated[
+    Literal["stock", "native"],
+    typer.Option(
+        help="stock: the same architecture, for any runtime. native: with other norms, and the "
+        "code for them."
+    ),
+]
+Dtype = Annotated[
+    Literal["keep", "float32", "bfloat16", "float16"],
+    typer.Option(help="The dtype to store all floating-point weights in."),
+]
+Target = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        help="The model_type of a stock model to become, such as llama, if the two provably "
+        "compute the same. Stock format.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
+Tied = Annotated[
+    Literal["keep", "untie"],
+    typer.Option(help="Keep tied embeddings tied, or store the head on its own to fold into it."),
+]
+Returns = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        help="An output of the model that must stay the same, such as pooler_output; give it once "
+        "for each. Default: all of them.",
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Branch, tag or commit of a Hub repository.", show_default=False),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the model code in the checkpoint.")
+]
+Push = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--push", help="Push the output to USER/NAME on the Hub.", show_default=False),
+]
+Unverified = Annotated[
+    bool, typer.Option("--unverified", help="Publish what is not verified as equivalent, too.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JsonFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--json", help="Write the report here; - for stdout.", show_default=False),
+]
+HtmlFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--report", help="Write the report here as one HTML page.", show_default=False),
+]
+TextFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        help="A text file to compare on.", exists=True, dir_okay=False, show_default=False
+    ),
+]
+ComputeDtype = Annotated[
+    Optional[Literal["float64", "float32", "bfloat16", "float16"]],  # noqa: UP045
+    typer.Option(help="Compute in this dtype. Default: the next wider one than the weights'."),
+]
+Private = Annotated[bool, typer.Option("--private", help="For you alone, if it is new.")]
+Branch = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The branch to push to.", show_default=False),
+]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")]
+Message = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="The message of the commit.", show_default=False),
+]
+Token = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="A token of the Hub. Default: that of `hf auth login`, or HF_TOKEN."),
+]

@@ -1,0 +1,168 @@
+"""Publishing, against a Hub on this machine; see push_server.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+import zoo
+from command_line import Run, environment, run, run_here
+from push_server import Hub, serve
+
+REPO = "me/llama-flashnorm"
+CARD = """---
+license: mit
+pipeline_tag: text-generation
+language: en
+tags:
+- tiny
+---
+
+# The original
+
+What its makers say.
+"""
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    here = tmp_path_factory.mktemp("here")
+    zoo.save("llama", here / "llama", dtype="float32")
+    (here / "llama" / "README.md").write_text(CARD)
+    assert run_here("flashnorm", "llama", cwd=here).status == 0
+    return here / "llama-flashnorm"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as hub:
+        yield hub
+
+
+def push(hub: Hub, folder: Path, *arguments: str, token: str = "hf_writer") -> Run:
+    variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    home = str(folder.parent / "home")  # without a token of whoever runs the tests
+    env = environment(**variables, HF_HOME=home, HF_HUB_DISABLE_PROGRESS_BARS="1")
+    if token:
+        env["HF_TOKEN"] = token
+    return run("push", folder, *arguments, cwd=folder.parent, env=env)
+
+
+def test_push(hub: Hub, converted: Path) -> None:
+    result = push(hub, converted, REPO, "--private")
+    assert (result.status, result.err) == (0, "")
+    assert result.out == f"Pushed: {hub.url}/{REPO}/commit/0\n"
+    assert hub.repositories == {REPO: True}
+    files = hub.branches[f"{REPO}@main"]
+    local = {
+        path.relative_to(converted).as_posix(): path.read_bytes()
+        for path in converted.rglob("*")
+        if path.is_file()
+    }
+    assert set(files) == set(local)
+    assert {name for name in files if files[name] != local[name]} == {"README.md"}
+    assert hub.messages == ["llama rewritten by normconvert (flashnorm)"]
+    for text in (*files.values(), result.out.encode()):
+        assert b"hf_writer" not in text
+    # Again: what the Hub has is not sent again, and the repository may exist.
+    sent = len(hub.blobs)
+    again = push(hub, converted, REPO, "--commit-message", "Once more", "--json")
+    assert again.json() == {"url": f"{hub.url}/{REPO}/commit/0"}
+    assert len(hub.blobs) == sent
+    assert hub.messages[1] == "Once more"
+
+
+def test_the_card(hub: Hub, converted: Path, tmp_path: Path) -> None:
+    assert push(hub, converted, REPO).status == 0
+    text = hub.branches[f"{REPO}@main"]["README.md"].decode()
+    card = ModelCard(text)
+    data = card.data.to_dict()  # type: ignore[no-untyped-call]
+    assert (data["license"], data["pipeline_tag"], data["language"]) == (
+        "mit",
+        "text-generation",
+        "en",
+    )
+    assert data["library_name"] == "transformers"
+    assert data["tags"] == ["tiny", "normconvert", "flashnorm"]
+    assert "base_model" not in data  # a local folder is no repository
+    for words in (
+        "FlashNorm", "7 norms changed", "every runtime that loads the original loads this",
+        "Equivalent; 23 rewritten tensors", "| noise floor", "arXiv:2407.09577",
+        "$ normconvert flashnorm llama --format stock", "# The original", "What its makers say.",
+    ):  # fmt: skip
+        assert words in text, words
+    # Publishing what was published does not stack our section.
+    twice = Path(shutil.copytree(converted, tmp_path / "llama-flashnorm"))
+    (twice / "README.md").write_text(text)
+    assert push(hub, twice, REPO).status == 0
+    assert hub.branches[f"{REPO}@main"]["README.md"].decode() == text
+    # From a repository of the Hub: its name, its commit, and the command with both.
+    manifest = json.loads((twice / "normconvert.json").read_text())
+    manifest["source"] = {"model": "someone/llama", "commit": "abc123"}
+    (twice / "normconvert.json").write_text(json.dumps(manifest))
+    assert push(hub, twice, REPO).status == 0
+    text = hub.branches[f"{REPO}@main"]["README.md"].decode()
+    data = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
+    assert data["base_model"] == "someone/llama"
+    assert data["base_model_relation"] == "quantized"
+    assert "$ normconvert flashnorm someone/llama --revision abc123" in text
+
+
+def test_a_branch_and_a_pull_request(hub: Hub, converted: Path) -> None:
+    assert push(hub, converted, REPO, "--revision", "folded").status == 0
+    assert f"{REPO}@folded" in hub.branches
+    result = push(hub, converted, REPO, "--create-pr")
+    assert result.err == ""
+    assert result.out == f"Pushed: {hub.url}/{REPO}/discussions/1\n"
+    assert f"{REPO}@refs/pr/1" in hub.branches
+    assert f"{REPO}@main" not in hub.branches
+
+
+def test_native(hub: Hub, tmp_path: Path) -> None:
+    """Converted and pushed by one command; its approximation only by a word of one's own."""
+    zoo.save("gpt2", tmp_path / "gpt2", dtype="float32")
+    variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    env = environment(**variables, HF_TOKEN="hf_writer", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    result = run("rmsnorm", "gpt2", "--push", "me/rms", "--json", cwd=tmp_path, env=env)
+    assert (result.status, result.err) == (0, "")
+    assert result.json()["pushed"] == f"{hub.url}/me/rms/commit/0"
+    text = hub.branches["me/rms@main"]["README.md"].decode()
+    assert 'from_pretrained("me/rms", trust_remote_code=True)' in text
+    assert "arXiv:2305.14858" in text
+    run_here("flashnorm", "gpt2", "--no-verify", "--push", "me/x", cwd=tmp_path).assert_refused(
+        "--no-verify"
+    )
+    converted = run_here("prmsnorm", "gpt2-rmsnorm", "-o", "partial", cwd=tmp_path)
+    assert converted.status == 0
+    push(hub, tmp_path / "partial", "me/p").assert_refused("not equivalent", "--unverified")
+    assert push(hub, tmp_path / "partial", "me/p", "--unverified").status == 0
+    assert "Not equivalent" in hub.branches["me/p@main"]["README.md"].decode()
+
+
+def test_refusals(hub: Hub, converted: Path, tmp_path: Path) -> None:
+    push(hub, converted, REPO, token="").assert_refused(REPO, "hf auth login")
+    push(hub, converted, REPO, token="hf_nobody").assert_refused(REPO, "hf auth login")
+    push(hub, converted, REPO, token="hf_reader").assert_refused(REPO, "permission")
+    push(hub, converted, "a name").assert_refused("'a name'", "USER/NAME")
+    push(hub, converted.parent / "llama", REPO).assert_refused("no conversion")
+    unverified = Path(shutil.copytree(converted, tmp_path / "unverified"))
+    manifest = json.loads((unverified / "normconvert.json").read_text())
+    del manifest["verification"]
+    (unverified / "normconvert.json").write_text(json.dumps(manifest))
+    push(hub, unverified, REPO).assert_refused("not verified", "--unverified")
+    assert not hub.branches
+    hub.failures = [("/commit/main", 409)]
+    push(hub, converted, REPO).assert_refused(REPO, "push again")
+    gone = Hub(writers=set(), readers=set(), url="http://127.0.0.1:9")
+    push(gone, converted, REPO).assert_refused(REPO, "connection")
+
+
+def test_what_passes_is_tried_again(hub: Hub, converted: Path) -> None:
+    hub.failures = [("/preupload/main", 503), ("/objects/batch", 500)]
+    assert push(hub, converted, REPO).status == 0
+    assert hub.log.count(f"POST /api/models/{REPO}/preupload/main") == 2
