@@ -363,7 +363,7 @@ def push(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Publish a converted checkpoint on the Hub, with a model card."""
+    """Publish a conversion on the Hub."""
     from normconvert.push import push as publish
 
     url = publish(

@@ -16,6 +16,7 @@ from normconvert.ir.graph import Call, Graph, Norm, Tie
 from normconvert.model_class import auto_classes, resolve
 from normconvert.model_inputs import trace_inputs
 from normconvert.quiet import quiet
+from normconvert.trace.caches import forgetting
 from normconvert.trace.loading import build, load, open_biases
 from normconvert.trace.recognise import Formula, recognise
 from normconvert.trace.recorder import Recorder
@@ -107,7 +108,7 @@ def record(
         for name, given in inputs.items():
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
-        with calls, recorder:
+        with forgetting(model), calls, recorder:
             output = model(**inputs)
     except Exception as error:  # the model's own code may raise anything
         raise TraceError(
