@@ -92,6 +92,7 @@ def show_inspection(report: Inspection) -> None:
         console.print(f"With --tied untie the output would grow by {_size(report.untied_bytes)}.")
     if report.rmsnorm is not None:
         _show_layer_norms(console, report.rmsnorm)
+    _show_unknown(console, plan, report.rmsnorm)
     _show_notes(console, plan.notes)
 
 
@@ -103,6 +104,18 @@ def _show_layer_norms(console: Console, plan: Plan) -> None:
         places = ", ".join(f"the {each.at} of {each.module}" for each in native.recenterings)
         line += f", with {places} recentered"
     console.print(line + ".", soft_wrap=True)
+
+
+def _show_unknown(console: Console, *plans: Plan | None) -> None:
+    """How many norms stay for want of knowledge, so that no new release loses any in silence."""
+    count = len({verdict.norm for plan in plans if plan for verdict in plan.unknown})
+    if count:
+        norms = "1 norm stays" if count == 1 else f"{count} norms stay"
+        console.print(
+            f"[yellow]{norms}[/] because normconvert does not know an operation or a structure "
+            "around it.",
+            soft_wrap=True,
+        )
 
 
 def _verdict(changes: bool, word: str) -> str:
@@ -144,6 +157,7 @@ def show_conversion(report: Conversion) -> None:
     what = "stays" if plan.rules == ("flashnorm",) else "keeps its gain"
     for group in _grouped(plan.kept("flashnorm")):
         console.print(f"[yellow]{group.norm}[/] {what}: {group.reason}.", soft_wrap=True)
+    _show_unknown(console, plan)
     _show_notes(console, plan.notes)
     if report.status == "planned":
         console.print("Dry run: nothing was written.")

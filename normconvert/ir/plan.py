@@ -41,7 +41,8 @@ class Verdict:
     RMSNorm. compress: it becomes a CRMSNorm. approximate: it becomes a pRMSNorm. keep: nothing.
 
     `gain` and `bias` are tensors of the checkpoint, `readers` the tensors that the norm's
-    output is multiplied with, `offset` and `eps` as in `normconvert.ir.graph.Norm`.
+    output is multiplied with, `offset` and `eps` as in `normconvert.ir.graph.Norm`. `unknown` says
+    that the norm is kept for want of knowledge: an operation or a structure is new to the rule.
     """
 
     rule: str
@@ -54,6 +55,7 @@ class Verdict:
     readers: tuple[str, ...]
     action: Action
     reason: str
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +109,11 @@ class Plan:
     def kept(self, rule: str) -> tuple[Verdict, ...]:
         """The norms that `rule` leaves as they are."""
         return tuple(v for v in self.verdicts if v.rule == rule and v.action == "keep")
+
+    @property
+    def unknown(self) -> tuple[Verdict, ...]:
+        """The norms that stay because an operation or a structure is not known."""
+        return tuple(v for v in self.verdicts if v.unknown)
 
     def changed_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """config.json of the output, from that of the source: the plan's keys, where they stand."""

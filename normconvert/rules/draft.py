@@ -33,10 +33,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why something cannot be done: one sentence, and the readers found nevertheless."""
+    """Why something cannot be done: one sentence, and the readers found nevertheless.
+
+    `unknown` says that it may be possible: there is an operation or a structure that no rule knows.
+    """
 
     reason: str
     readers: tuple[str, ...] = ()
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ def verdict_on(
     action: Action,
     reason: str,
     readers: tuple[str, ...] = (),
+    *,
+    unknown: bool = False,
 ) -> Verdict:
     """What `rule` does to `norm`, with the tensors by their names on disk."""
     return Verdict(
@@ -104,6 +110,7 @@ def verdict_on(
         readers=readers,
         action=action,
         reason=reason,
+        unknown=unknown,
     )
 
 

@@ -79,7 +79,9 @@ def _prove(
     if reason := next((request.keep[n.module] for n in norms if n.module in request.keep), None):
         return Obstacle(reason)
     if norm.kind == "unrecognised":
-        return Obstacle("it ignores its input's scale as norms do, but follows no known formula")
+        return Obstacle(
+            "it ignores its input's scale as norms do, but follows no known formula", unknown=True
+        )
     if norm.gain is None:
         return Obstacle("it has no gain")
     gain, bias = origins.vector(norm.gain), origins.vector(norm.bias)
@@ -122,7 +124,10 @@ def _verdict(origins: Origins, norm: Norm, outcome: _Fold | Obstacle) -> Verdict
     folds = isinstance(outcome, _Fold)
     readers = outcome.readers.readers if isinstance(outcome, _Fold) else outcome.readers
     action: Action = "fold" if folds else "keep"
-    return verdict_on(origins, norm, "flashnorm", action, outcome.reason, tuple(readers))
+    unknown = isinstance(outcome, Obstacle) and outcome.unknown
+    return verdict_on(
+        origins, norm, "flashnorm", action, outcome.reason, tuple(readers), unknown=unknown
+    )
 
 
 def _folded(draft: Draft, norms: tuple[Norm, ...], fold: _Fold, request: Request) -> Draft:

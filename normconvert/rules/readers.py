@@ -37,7 +37,7 @@ def find_readers(
     ends = follow(graph, outputs_of(graph, norms))
     known = _names(origins, ends)
     if ends.stops:
-        return Obstacle(ends.stops[0].reason, known)
+        return Obstacle(ends.stops[0].reason, known, ends.stops[0].unknown)
     if not ends.contractions:
         return Obstacle("nothing reads it")
     indices: dict[str, Sequence[int]] = {}

@@ -17,7 +17,7 @@ from dataclasses import replace
 from normconvert.ir.expression import Center, Expression, Fill, Scale, Tensor
 from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import NormModule
-from normconvert.ir.plan import Verdict
+from normconvert.ir.plan import Action, Verdict
 from normconvert.rules.draft import Draft, Request, verdict_on
 from normconvert.rules.scaling import Origins
 from normconvert.rules.stream import Stream, find_streams
@@ -83,4 +83,6 @@ def _verdict(origins: Origins, norm: Norm, streams: tuple[Stream, ...]) -> Verdi
             places = ", ".join(f"the {place.at} of {place.module}" for place in stream.recenterings)
             reason += f", and {places} is recentered"
     kept = stream is None or stream.obstacle is not None
-    return verdict_on(origins, norm, "rmsnorm", "keep" if kept else "center", reason)
+    unknown = stream is not None and stream.obstacle is not None and stream.obstacle.unknown
+    action: Action = "keep" if kept else "center"
+    return verdict_on(origins, norm, "rmsnorm", action, reason, unknown=unknown)

@@ -36,10 +36,14 @@ class Contraction:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A use that does not pass the scaling on. `node` is -1 for an output of the model."""
+    """A use that does not pass the scaling on. `node` is -1 for an output of the model.
+
+    `unknown` says that nothing is known against it: its operation, or this use of it, is new here.
+    """
 
     node: int
     reason: str
+    unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,13 @@ INDEPENDENT = frozenset({
     "full_like",
 })  # fmt: skip
 _SUMS = frozenset({"sum", "mean", "cumsum"})
+NONLINEAR = frozenset({
+    "abs", "amax", "argmax", "clamp", "clamp_min", "cos", "elu", "eq", "erf", "exp", "ge", "gelu",
+    "gt", "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu", "log", "logsumexp", "lt",
+    "max", "maximum", "minimum", "ne", "pow", "prod", "reciprocal", "relu", "round", "rsqrt",
+    "sigmoid", "silu", "sin", "softmax", "softplus", "sort", "sqrt", "tanh", "topk",
+})  # fmt: skip
+"""Operations that are known to pass neither a gain nor a shift on."""
 PRODUCTS: Mapping[str, tuple[str, str]] = {
     "mm": ("self", "mat2"),
     "bmm": ("self", "mat2"),
@@ -173,8 +184,13 @@ class _Step:
         return self.tracks[self.node.inputs[operand]]
 
     def _stop(self, reason: str | None = None) -> dict[int, Track]:
-        self.stops.append(Stop(self.position, reason or self._described()))
+        unknown = reason is None and self._is_unknown()
+        self.stops.append(Stop(self.position, reason or self._described(), unknown))
         return {}
+
+    def _is_unknown(self) -> bool:
+        op = self.node.op
+        return op not in NONLINEAR and op not in ("norm", "add", "sub", "mul", "div")
 
     def _described(self) -> str:
         node = self.node

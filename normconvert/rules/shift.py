@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 
 from normconvert.ir.graph import Graph, Node, Ref
 from normconvert.rules.axes import Shape, Track, move, stacked
-from normconvert.rules.scaling import INDEPENDENT, PRODUCTS, Origins, Stop, output_stop, same
+from normconvert.rules.scaling import (
+    INDEPENDENT,
+    NONLINEAR,
+    PRODUCTS,
+    Origins,
+    Stop,
+    output_stop,
+    same,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,11 @@ class Shift:
 
 
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
+KNOWN = frozenset({
+    *NONLINEAR, *INDEPENDENT, *PRODUCTS, *_ZEROS, "add", "cat", "convolution", "div", "gather",
+    "index_add", "mean", "mul", "neg", "norm", "stack", "sub", "sum",
+})  # fmt: skip
+"""Operations that are known to pass a shift on, or known not to."""
 
 
 class Shifts:
@@ -261,7 +274,7 @@ def obstacles(
                     continue
                 passed = shifts.through(position, operand, shift)
                 if passed is None:
-                    found[state] = found[state] or Stop(position, _described(graph, position))
+                    found[state] = found[state] or _stop(graph, position)
                     continue
                 followed = [(out, moved) for out, moved in passed.items() if out not in cut]
                 after[state] += followed
@@ -273,11 +286,12 @@ def obstacles(
     return found
 
 
-def _described(graph: Graph, position: int) -> str:
+def _stop(graph: Graph, position: int) -> Stop:
     node = graph.nodes[position]
     where = node.module or graph.model
     if node.op == "norm":
-        return f"it is read by {where}, which is no LayerNorm over its features"
+        return Stop(position, f"it is read by {where}, which is no LayerNorm over its features")
     if node.op in PRODUCTS:
-        return f"it is read by {where} without a LayerNorm in between"
-    return f"it goes through {node.op} in {where}, which sees its mean"
+        return Stop(position, f"it is read by {where} without a LayerNorm in between")
+    reason = f"it goes through {node.op} in {where}, which sees its mean"
+    return Stop(position, reason, node.op not in KNOWN)

@@ -16,7 +16,7 @@ from normconvert.ir.native import Recentering
 from normconvert.rules.draft import Obstacle
 from normconvert.rules.places import places
 from normconvert.rules.scaling import Origins, Stop
-from normconvert.rules.shift import Shift, Shifts, obstacles
+from normconvert.rules.shift import KNOWN, Shift, Shifts, obstacles
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +182,16 @@ class _Finder:
         blocked: dict[int, Obstacle] = {}
         for value, shift in reach.ends.items():
             if reason := self._why_blocked(value, shift, conflicts):
-                blocked[value] = Obstacle(reason)
+                blocked[value] = Obstacle(reason, unknown=self._is_unknown(value, shift))
         return blocked
+
+    def _is_unknown(self, value: int, shift: Shift) -> bool:
+        """Whether the operation that makes `value`, or one that reads it, is new here."""
+        if value not in self._graph.leaf_names:
+            position = self._graph.producers.get(value)
+            return position is not None and self._graph.nodes[position].op not in KNOWN
+        stop = self._minded.get((value, shift))
+        return stop is not None and stop.unknown
 
     def _why_blocked(self, value: int, shift: Shift, conflicts: Set[int]) -> str | None:
         graph = self._graph
@@ -277,7 +285,9 @@ class _Finder:
             if place is None or place in several:
                 stop = self._minded.get((value, rest.values[value]))
                 return (
-                    Obstacle(stop.reason) if stop and value not in self._graph.leaf_names else why
+                    Obstacle(stop.reason, unknown=stop.unknown)
+                    if stop and value not in self._graph.leaf_names
+                    else why
                 )
             several[place] = legal[place]
 
