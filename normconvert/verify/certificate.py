@@ -8,6 +8,7 @@ from a fresh trace of the original.
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -159,7 +160,7 @@ def _check_files(
             findings.add(name, "the file is missing")
         elif name not in before:
             findings.add(name, "the file is not the original's")
-        elif not _same_bytes(before[name], after[name]):
+        elif not filecmp.cmp(before[name], after[name], shallow=False):
             findings.add(name, "the file differs from the original's")
     return len(before)
 
@@ -176,10 +177,6 @@ def _other_files(checkpoint: Checkpoint) -> dict[str, Path]:
             if relative not in weights and relative not in _DOCUMENTATION:
                 found[relative] = Path(root, name)
     return {name: path for name, path in found.items() if path.is_file()}
-
-
-def _same_bytes(one: Path, other: Path) -> bool:
-    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
 
 
 def _check_names(
