@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 DEMO := demo-output
 
-.PHONY: demo test quick check coverage format clean
+.PHONY: demo test quick check coverage mutations format clean
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
@@ -21,6 +21,9 @@ quick: check
 
 coverage: $(VENV)/developing
 	$(BIN)/python scripts/measure_coverage.py
+
+mutations: $(VENV)/developing
+	$(BIN)/python scripts/measure_mutations.py
 
 check: $(VENV)/developing
 	$(BIN)/ruff check .

@@ -1,0 +1,115 @@
+"""Wrong conversions on purpose: does comparing the outputs catch them?
+
+Each model is converted with `flashnorm`, then one edit is left out, or one element that an edit
+wrote is moved. Stored in float32, as far from float64, in which the outputs are compared, as a
+checkpoint usually is. The certificate, which looks at the bytes, is left out: it would see all.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import normconvert
+from normconvert.ir.event import ignore
+from normconvert.precision import float64
+from normconvert.source import open_checkpoint
+from normconvert.verify.loading import load_model
+from normconvert.verify.logits import compare
+from normconvert.verify.tokens import input_sets
+
+MOVED_BY = 2.0**-7  # of the element: its last place, were it stored in bfloat16
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mutation:
+    """A wrong conversion of the model `name`. `felt`: its outputs differ from the right one's."""
+
+    name: str
+    kind: str
+    tensor: str
+    felt: bool
+    caught: bool
+
+
+def mutations(name: str, folder: Path) -> tuple[Mutation, ...]:
+    """One edit left out and one element moved in a conversion of the model called `name`.
+
+    Nothing if it cannot be converted.
+    """
+    source, output = folder / "source", folder / "output"
+    tiny.build(name).to(torch.float32).save_pretrained(source)
+    try:
+        conversion = normconvert.convert(source, output, verify=False)
+    except (normconvert.PlanError, normconvert.TraceError):
+        return ()
+    before, right = load_file(source / WEIGHTS), load_file(output / WEIGHTS)
+    edited = [edit.tensor for edit in conversion.inspection.plan.edits]
+    expected = _outputs(output)
+    return tuple(
+        _judged(name, kind, tensor, {**right, tensor: wrong}, expected, source, output)
+        for kind, tensor, wrong in _wrong(name, edited, before, right)
+    )
+
+
+def _wrong(
+    name: str,
+    edited: list[str],
+    before: Mapping[str, torch.Tensor],
+    right: Mapping[str, torch.Tensor],
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """The kind of mutation, the tensor and what it becomes."""
+    choose = random.Random(name)
+    tensor = choose.choice(edited)
+    yield "edit left out", tensor, before[tensor]
+    tensor = choose.choice([each for each in edited if bool((right[each] != 0).any())])
+    moved = right[tensor].clone()
+    elements = moved.view(-1)
+    index = choose.choice(elements.nonzero().flatten().tolist())
+    elements[index] *= 1 + MOVED_BY
+    yield "element moved", tensor, moved
+
+
+def _judged(
+    name: str,
+    kind: str,
+    tensor: str,
+    weights: dict[str, torch.Tensor],
+    expected: torch.Tensor,
+    source: Path,
+    output: Path,
+) -> Mutation:
+    save_file(weights, output / WEIGHTS, metadata={"format": "pt"})
+    report = compare(
+        open_checkpoint(str(source)),
+        open_checkpoint(str(output)),
+        text=None,
+        dtype=None,
+        returns=(),
+        certificate=None,
+        algebra=None,
+        centered=False,
+        trust_remote_code=False,
+        listen=ignore,
+    )
+    felt = not torch.equal(_outputs(output), expected)
+    return Mutation(name=name, kind=kind, tensor=tensor, felt=felt, caught=not report.equivalent)
+
+
+def _outputs(folder: Path) -> torch.Tensor:
+    """What is compared, of the model in `folder`: its logits, or its last hidden states."""
+    checkpoint = open_checkpoint(str(folder))
+    model = load_model(checkpoint, torch.float64, trust_remote_code=False)
+    sets, _ = input_sets(model, checkpoint, None, trust_remote_code=False)
+    with torch.no_grad(), float64():
+        output = model(**next(iter(sets.values())))
+    found: torch.Tensor = getattr(output, "logits", output[0])
+    pooled = getattr(output, "pooler_output", None)
+    return found if pooled is None else torch.cat([found.flatten(), pooled.flatten()])
