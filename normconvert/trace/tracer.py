@@ -18,6 +18,7 @@ from normconvert.model_inputs import trace_inputs
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
 from normconvert.trace.loading import build, load, open_biases
+from normconvert.trace.naming import readable_numbers
 from normconvert.trace.recognise import Formula, recognise
 from normconvert.trace.recorder import Recorder
 
@@ -108,7 +109,7 @@ def record(
         for name, given in inputs.items():
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
-        with forgetting(model), calls, recorder:
+        with forgetting(model), readable_numbers(), calls, recorder:
             output = model(**inputs)
     except Exception as error:  # the model's own code may raise anything
         raise TraceError(
