@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -15,8 +14,12 @@ if TYPE_CHECKING:
 @contextmanager
 def readable_numbers() -> Iterator[None]:
     """Inside, a fake integer prints as its number, as a real one does, and so reads its data."""
-    with patch.object(FakeTensor, "__format__", _format):
+    before = FakeTensor.__format__
+    FakeTensor.__format__ = _format  # type: ignore[method-assign, assignment]
+    try:
         yield
+    finally:
+        FakeTensor.__format__ = before  # type: ignore[method-assign]
 
 
 def _format(tensor: FakeTensor, spec: str) -> str:

@@ -33,10 +33,17 @@ def without_error(text: str) -> str:
     return text.rstrip("| \n").rpartition("|")[0].rstrip()
 
 
-def page(rows: Iterable[Row]) -> str:
-    """The whole page."""
-    lines = [_table_line(TITLES), _table_line(["---"] * len(TITLES)), *map(line, rows)]
-    return HEAD + "\n".join(lines) + "\n"
+def known_lines() -> dict[str, str]:
+    """The rows that the page has, by the name in their first cell."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
+    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    return {line.split("|")[1].strip(): line for line in lines}
+
+
+def page(lines: Iterable[str]) -> str:
+    """The whole page, of its rows."""
+    head = [_table_line(TITLES), _table_line(["---"] * len(TITLES))]
+    return HEAD + "\n".join([*head, *lines]) + "\n"
 
 
 def _table_line(cells: Iterable[str]) -> str:
