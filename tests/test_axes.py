@@ -138,8 +138,15 @@ def test_indexing_is_followed_across_other_axes(
     check(lambda x: x[rows], shape, axis, followed=axis > 0)
     check(lambda x: x[rows.view(-1, 1)], shape, axis, followed=axis > 0)
     check(lambda x: x.index_select(0, rows), shape, axis, followed=axis > 0)
+    check(lambda x: x[None, rows], shape, axis, followed=axis > 0)
     first = torch.zeros(3, dtype=torch.int64)
-    check(lambda x: x[:, first], shape, axis, followed=False)
+    if len(shape) > 1:
+        check(lambda x: x[:, first], shape, axis, followed=axis != 1)
+        check(lambda x: x[rows.view(-1, 1), first], shape, axis, followed=axis > 1)
+        mask = torch.ones(shape[:2], dtype=torch.bool)
+        check(lambda x: x[mask], shape, axis, followed=False)
+    if len(shape) > 2:
+        check(lambda x: x[first, :, first], shape, axis, followed=False)
 
 
 def test_the_check_can_fail() -> None:

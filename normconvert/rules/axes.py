@@ -198,13 +198,17 @@ def _removed(
 def _index(
     node: Node, track: Track, before: Shape, after: tuple[Shape, ...]
 ) -> tuple[Track | None, ...]:
-    """Indexing by tensors: only in the first axes, one after the other, and not in the track's."""
+    """Indexing by tensors: only in neighbouring axes, and not in the track's."""
     indices = _tuple(node.argument("indices"))
-    count = sum(isinstance(index, Ref) for index in indices)
-    leading = all(isinstance(index, Ref) for index in indices[:count])
-    if not leading or track.axis < count:
+    places = [place for place, index in enumerate(indices) if isinstance(index, Ref)]
+    if not places or places != list(range(places[0], places[-1] + 1)) or track.axis in places:
         return (None,)
-    return (Track(track.axis + len(after[0]) - len(before), track.index),)
+    axis = track.axis
+    if axis > places[-1]:
+        axis += len(after[0]) - len(before)
+    # A mask of several axes takes more of them than it has places.
+    same_size = 0 <= axis < len(after[0]) and after[0][axis] == before[track.axis]
+    return (Track(axis, track.index) if same_size else None,)
 
 
 def _embedding(
