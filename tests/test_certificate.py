@@ -248,6 +248,51 @@ def test_options_that_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None
         assert "no plan can be made" in report.certificate.problems[0].what
 
 
+DEEP = "[" * 900 + "]" * 900
+MANIFESTS = [
+    "{",
+    "[]",
+    "{}",
+    '{"options": 3}',
+    '{"options": {"rewrites": 5}}',
+    '{"options": {"rewrites": [["flashnorm"]]}}',
+    '{"options": {"fraction": "half"}}',
+    '{"options": {"returns": "logits"}}',
+    '{"options": {"target": 5}}',
+    '{"plan": 3}',
+    '{"plan": {"schema_version": 99}}',
+    '{"plan": {"edits": [{"tensor": 1, "dtype": [], "shape": 3, "expression": {}}]}}',
+    '{"plan": {"edits": [{"tensor": "t", "dtype": "F32", "shape": [], "expression": DEEP}]}}',
+    '{"plan": {"edits": [{"tensor": "t", "dtype": "F32", "shape": [1],'
+    ' "expression": ["spread", "w", [[Infinity, 1]]]}]}}',
+]
+
+
+@pytest.mark.parametrize("text", MANIFESTS, ids=range(len(MANIFESTS)))
+def test_a_manifest_of_a_stranger(text: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Whatever it says, there is an answer: no certificate, and one sentence why."""
+    output = Path(shutil.copytree(pair[1], tmp_path / "output"))
+    path = output / "normconvert.json"
+    manifest, text = json.loads(path.read_text()), text.replace("DEEP", DEEP)
+    try:
+        changes = json.loads(text)
+    except ValueError:
+        path.write_text(text)
+    else:
+        if not isinstance(changes, dict) or not changes:
+            path.write_text(text)
+        else:
+            for key, value in changes.items():
+                both = isinstance(value, dict)
+                manifest[key] = {**manifest[key], **value} if both else value
+            path.write_text(json.dumps(manifest))
+    report = normconvert.verify_equivalence(pair[0], output)
+    assert not report.equivalent
+    assert report.certificate is not None
+    assert not report.certificate.valid
+    assert all("\n" not in problem.what for problem in report.certificate.problems)
+
+
 # --- rounding, against fractions
 
 

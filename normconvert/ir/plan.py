@@ -142,8 +142,9 @@ class Plan:
         Raises:
             ValueError: `data` is not a plan of this schema version.
         """
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"a plan of schema version {data.get('schema_version')!r}")
+        version = data.get("schema_version") if isinstance(data, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ValueError(f"a plan of schema version {version!r}")
         try:
             return cls(
                 model=data["model"],
@@ -166,7 +167,7 @@ class Plan:
                 config=tuple(data["config"].items()),
                 notes=tuple(data["notes"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not a plan: {error}") from error
 
     def __str__(self) -> str:
