@@ -219,6 +219,8 @@ def test_generation(tmp_path: Path) -> None:
         short = models[0](IDS[:1, 4:]).logits
         last = model(IDS, logits_to_keep=1).logits
         whole = model(IDS).logits
+        listed = model(IDS, logits_to_keep=torch.tensor([1, 5])).logits
+    torch.testing.assert_close(listed, whole[:, [1, 5]], rtol=0, atol=1e-12)
     torch.testing.assert_close(*pair, rtol=0, atol=1e-4)
     torch.testing.assert_close(short, pair[0][:1], rtol=0, atol=1e-4)
     torch.testing.assert_close(last, whole[:, -1:], rtol=0, atol=1e-12)

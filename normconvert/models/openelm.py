@@ -239,10 +239,14 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):  # type: igno
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [batch, length, vocabulary]; of the last `logits_to_keep` positions if not 0."""
+        """Logits [batch, length, vocabulary].
+
+        Of the last `logits_to_keep` positions if it is a number other than 0, or of those that it
+        lists.
+        """
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -252,7 +256,9 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):  # type: igno
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        last = isinstance(logits_to_keep, int)
+        kept = slice(-logits_to_keep, None) if last else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
