@@ -273,6 +273,15 @@ def test_leftovers_are_removed_or_put_back(dead: int, tmp_path: Path) -> None:
     assert (tmp_path / "output" / "config.json").read_text() == "new"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own answer to Ctrl-C: a shell starts what runs in the background without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("renames", [1, 2])
 def test_the_last_step_is_not_interrupted(
     renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
