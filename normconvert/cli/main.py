@@ -25,6 +25,7 @@ def main() -> None:
     try:
         answer()
     finally:
+        _ignore_signals()
         gc.freeze()  # the interpreter would search all of it before it ends
 
 
@@ -43,9 +44,14 @@ def answer() -> None:
 
 
 def _interrupt(*_: object) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # said once is enough: we are leaving
-        signal.signal(number, signal.SIG_IGN)
+    _ignore_signals()
     raise Interrupted
+
+
+def _ignore_signals() -> None:
+    """We are leaving: said once is enough."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _fail(code: str, message: str) -> NoReturn:
