@@ -24,7 +24,7 @@ ALLOWED = {
     "registration": {"models", "nn"},
     "models": {"models"},
     "push": {*SHARED, "push"},
-    "nn": {"nn"},
+    "nn": {"errors", "nn"},
     "trace": {*SHARED, "trace", *MODELS},
     "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", *MODELS},

@@ -6,6 +6,7 @@ transformers is imported: then `from_pretrained` loads such a checkpoint without
 
 from transformers import AutoConfig
 
+from normconvert.nn.fused import load_fused_norms
 from normconvert.nn.modeling_normconvert import (
     MODEL_TYPE,
     Compress,
@@ -29,6 +30,7 @@ __all__ = [
     "Recenter",
     "compress",
     "expand",
+    "load_fused_norms",
     "recenter",
 ]
 

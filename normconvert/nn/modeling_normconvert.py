@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +23,9 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
+
+# The optional kernel, where something has loaded it: normconvert.nn.load_fused_norms does.
+FUSED = "normconvert_fused_norm"
 
 # Measured on torch 2.13, x86 with AVX2: from here on the set-up of the faster kernel pays.
 _FEW_ROWS = 12
@@ -112,6 +116,23 @@ class _Norm(nn.Module):
             y = y * gain
         return (y if bias is None else y + bias).to(x.dtype)
 
+    def _fused(
+        self, x: torch.Tensor, used: int, *, compressed: bool = False, expand: bool = False
+    ) -> torch.Tensor | None:
+        """The norm of x by the optional kernel, with the RMS of the first `used` coordinates.
+
+        None where there is no kernel, or it does not take x: it wants a plain tensor on the CPU,
+        in float32 or less, and nobody who needs to see its operations (gradients, a trace).
+        """
+        kernel = sys.modules.get(FUSED)
+        if kernel is None or torch.compiler.is_compiling():
+            return None
+        size = self.size if compressed else used
+        found: torch.Tensor | None = kernel.norm(
+            x, self.weight, self.bias, self.offset, self.eps, size, used, compressed, expand
+        )
+        return found
+
     def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
         """torch's LayerNorm, which is RMSNorm where x [..., size] has mean zero."""
         gain: torch.Tensor | None = self.weight
@@ -154,6 +175,8 @@ class RMSNorm(_Norm):
         self.zero_mean = zero_mean
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (fused := self._fused(x, self.size)) is not None:
+            return fused
         if self.zero_mean and _has_fast_layer_norm(x):
             return self._layer_norm(x)
         wide = _wide(x)
@@ -189,6 +212,8 @@ class PartialRMSNorm(_Norm):
         self.used = math.ceil(round(size * fraction, 6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (fused := self._fused(x, self.used)) is not None:
+            return fused
         wide = _wide(x)
         return self._scaled(x, wide, _inverse_rms(wide[..., : self.used], self.eps))
 
@@ -222,6 +247,9 @@ class CRMSNorm(_Norm):
         self.expand = expand
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fused = self._fused(x, self.size - 1, compressed=True, expand=self.expand)
+        if fused is not None:
+            return fused
         wide = _wide(x)
         if self.expand:
             # Not the sum rounded to half precision: every coordinate would feel the error.

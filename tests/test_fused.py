@@ -1,0 +1,166 @@
+"""The optional kernel: what it computes, and that it keeps out where its work would be missed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import normconvert
+from normconvert.nn import CRMSNorm, PartialRMSNorm, RMSNorm, load_fused_norms
+from normconvert.nn.modeling_normconvert import FUSED
+
+EPS = 1e-5
+# Half a unit in the last place of each, relative, plus what float32 loses on the way.
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 2e-6}
+SIZES = (1, 2, 7, 31, 64, 100, 768)  # the kernel's rows have a head in lanes, and a tail
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled once for all workers; away again for the tests of other modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        shared = tmp_path_factory.getbasetemp().parent
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(shared / "extensions"))
+        load_fused_norms()
+        yield
+        del sys.modules[FUSED]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
+def norms(d: int) -> list[nn.Module]:
+    """Every norm that has its own formula, with random gains and biases."""
+    made = [
+        RMSNorm(d, EPS, gain=False),
+        RMSNorm(d, EPS, gain=False, zero_mean=True),
+        RMSNorm(d, EPS),
+        RMSNorm(d, EPS, bias=True, offset=1.0),
+        RMSNorm(d, EPS, gain=False, bias=True),
+        PartialRMSNorm(d, EPS, 0.3, offset=1.0),
+        CRMSNorm(d + 1, EPS),
+        CRMSNorm(d + 1, EPS, expand=True),
+        CRMSNorm(d + 1, EPS, gain=True, bias=True, expand=True),
+    ]
+    for parameter in (p for norm in made for p in norm.parameters()):
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    return made
+
+
+def counted(norm: nn.Module, x: torch.Tensor, patch: pytest.MonkeyPatch) -> tuple[Any, int]:
+    """What the norm gives, and how often that came from the kernel."""
+    kernel, taken = sys.modules[FUSED], []
+
+    class Counting:
+        @staticmethod
+        def norm(*arguments: object) -> object:
+            result = kernel.norm(*arguments)
+            taken.append(result is not None)
+            return result
+
+    with patch.context() as context:
+        context.setitem(sys.modules, FUSED, Counting)  # type: ignore[arg-type]
+        return norm(x), sum(taken)
+
+
+@torch.no_grad()
+def test_it_rounds_the_norm_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for d in SIZES:
+        for norm in norms(d):
+            zero_mean = getattr(norm, "zero_mean", False)
+            x = (torch.randn(3, 5, d, dtype=torch.float64) + (0.0 if zero_mean else 0.3)).to(dtype)
+            if zero_mean and d > 1:
+                x = torch.cat((x[..., :-1], -x[..., :-1].sum(-1, keepdim=True)), -1)
+            narrow = norm.to(dtype)
+            exact = _exact(narrow, x)
+            found, taken = counted(narrow, x, monkeypatch)
+            assert taken == 1
+            assert found.dtype is dtype
+            assert found.shape == exact.shape
+            bound = ROUNDING[dtype] * exact.abs() + 1e-6 * exact.abs().max()
+            assert ((found.double() - exact).abs() <= bound).all(), (d, norm)
+
+
+def _exact(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The formula in float64, written out once more."""
+    wide = x.double()
+    if isinstance(norm, CRMSNorm):
+        full = torch.cat((wide, -wide.sum(-1, keepdim=True)), -1)
+        inverse = (full.square().sum(-1, keepdim=True) / norm.size + EPS).rsqrt()
+        y = full * inverse if norm.expand else wide * inverse
+    else:
+        used = norm.used if isinstance(norm, PartialRMSNorm) else x.shape[-1]
+        y = wide * (wide[..., : int(used)].square().mean(-1, keepdim=True) + EPS).rsqrt()
+    if isinstance(norm.weight, nn.Parameter):
+        y = y * (norm.weight.double() + norm.offset)
+    return y + norm.bias.double() if isinstance(norm.bias, nn.Parameter) else y
+
+
+@torch.no_grad()
+def test_many_rows_on_several_threads(dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    x = torch.randn(4, 300, 257).to(dtype)
+    norm = RMSNorm(257, EPS).to(dtype)
+    together = norm(x)
+    torch.set_num_threads(threads)
+    assert torch.equal(together, torch.stack([norm(one) for one in x]))
+
+
+@torch.no_grad()
+def test_a_gain_in_another_dtype() -> None:
+    norm = RMSNorm(64, EPS)
+    nn.init.uniform_(norm.weight)  # type: ignore[arg-type]
+    x = torch.randn(3, 64).bfloat16()
+    error = (norm(x).double() - _exact(norm, x)).abs()
+    assert (error <= 2**-8 * _exact(norm, x).abs() + 1e-6).all()
+
+
+def test_it_keeps_out_where_it_would_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x = RMSNorm(8, EPS), torch.randn(3, 8)
+    untrained = RMSNorm(8, EPS).requires_grad_(False)
+    assert counted(untrained, x, monkeypatch)[1] == 1
+    assert counted(norm, x, monkeypatch)[1] == 0  # the gain wants a gradient
+    assert counted(untrained, x.clone().requires_grad_(), monkeypatch)[1] == 0
+    with torch.no_grad():
+        assert counted(norm, torch.empty(0, 8), monkeypatch)[1] == 1
+        assert counted(norm, x.double(), monkeypatch)[1] == 0  # in which conversions are proven
+        assert counted(norm, x.t().contiguous().t(), monkeypatch)[1] == 0
+        assert counted(norm.to("meta"), x.to("meta"), monkeypatch)[1] == 0
+
+
+def test_gradients_are_those_of_the_formula() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    norm = RMSNorm(8, EPS)
+    (gradient,) = torch.autograd.grad(norm(x).square().sum(), x)
+    wide = x.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(_exact(norm, wide).square().sum(), wide)
+    assert torch.allclose(gradient.double(), exact, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@torch.no_grad()
+def test_what_traces_operations_sees_them() -> None:
+    norm, x, other = RMSNorm(8, EPS), torch.randn(3, 8), torch.randn(3, 8)
+    exported = torch.export.export(norm, (x,)).module()
+    assert torch.allclose(exported(other), norm(other), atol=1e-6)
+    traced = torch.jit.trace(norm, (x,))  # type: ignore[no-untyped-call]
+    assert torch.allclose(traced(other), norm(other), atol=1e-6)
+    rows = torch.func.vmap(norm)(other)
+    assert torch.allclose(rows, norm(other), atol=1e-6)
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(normconvert.NormconvertError, match="everything works without them"):
+        load_fused_norms()
