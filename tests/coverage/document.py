@@ -11,9 +11,10 @@ from measure import Row
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 HEAD = f"""# Coverage
 
-Every causal type of transformers {transformers.__version__}, and more, as a tiny random model:
-saved, converted with `flashnorm`, `rmsnorm` and `crmsnorm`, loaded again and compared in float64.
-Made by `make coverage`; `tests/coverage` fails where it is out of date.
+Every causal type of transformers {transformers.__version__}, variants of them, and other models,
+each as a tiny random model: saved, converted with `flashnorm`, `rmsnorm` and `crmsnorm`, loaded
+again and compared in float64. Made by `make coverage`; `tests/coverage` fails where it is out of
+date.
 
 The error is the largest difference of any output, relative to the largest output, over the three
 rewrites. Norms are named by what they compute (w: a gain, 1+w: a gain stored less 1, b: a bias).

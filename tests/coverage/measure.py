@@ -48,8 +48,10 @@ class Row:
         return [self.name, self.model, self.norms, self.folded, self.rmsnorm, self.crmsnorm, kept]
 
 
-def measure(name: str, folder: Path) -> Row:
+def measure(name: str, folder: Path, *, compare: bool = True) -> Row:
     """Save the model called `name`, convert the checkpoint with what applies, and compare.
+
+    Without `compare` it is only planned what would be converted, and the error is 0.
 
     Raises:
         AssertionError: something is refused without a sentence.
@@ -65,7 +67,7 @@ def measure(name: str, folder: Path) -> Row:
         )  # fmt: skip
     plan = make_plan(graph, source, ("flashnorm",))
     layer_norms = any(verdict.kind == "layernorm" for verdict in plan.verdicts)
-    inputs, before = _run(source)
+    inputs, before = _run(source) if compare else ({}, torch.empty(0))
     results, errors = {}, [0.0]
     for rewrite in REWRITES if layer_norms else REWRITES[:1]:
         request = Request(
@@ -80,11 +82,12 @@ def measure(name: str, folder: Path) -> Row:
         except normconvert.NormconvertError as error:
             results[rewrite] = _refusal(error, source)
             continue
-        output = folder / rewrite
-        output.mkdir()
-        write(converted, source, output, {}, ignore)
-        _, after = _run(open_checkpoint(str(output)), inputs)
-        errors.append(float((after - before).abs().max() / before.abs().max()))
+        if compare:
+            output = folder / rewrite
+            output.mkdir()
+            write(converted, source, output, {}, ignore)
+            _, after = _run(open_checkpoint(str(output)), inputs)
+            errors.append(float((after - before).abs().max() / before.abs().max()))
         asked = [verdict for verdict in converted.verdicts if verdict.rule == rewrite]
         count = sum(verdict.kind == "layernorm" for verdict in asked)
         results[rewrite] = f"{len(converted.changed(rewrite))} of {count}"

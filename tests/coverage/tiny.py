@@ -41,7 +41,10 @@ CLASSES = (
     "Gemma3ForConditionalGeneration",
 )  # fmt: skip
 
-NAMES = (*TYPES, *CLASSES)
+# Other forms of types, as the zoo has them: tied and untied, block layouts, with and without parts.
+VARIANTS = tuple(name for name in zoo.ZOO if name not in TYPES)
+
+NAMES = (*TYPES, *VARIANTS, *CLASSES)
 
 # More names of sizes. No size is 2, 7 or 14: see `zoo_entry.SIZES`.
 MORE_SIZES: Mapping[str, Any] = {
@@ -138,12 +141,23 @@ STAND_INS: Mapping[str, str] = {
 }
 
 
+def of_the_zoo(name: str) -> bool:
+    """Whether the zoo's model is taken, which other tests convert and compare as well."""
+    if name in VARIANTS:
+        return True
+    entry = zoo.ZOO.get(name)
+    return (
+        entry is not None
+        and name not in OVERRIDES
+        and entry.model_type == name
+        and not entry.architecture
+    )
+
+
 def config_of(model_type: str) -> PreTrainedConfig:
     """The configuration of a tiny model of that type."""
-    if model_type in zoo.ZOO and model_type not in OVERRIDES:
-        entry = zoo.ZOO[model_type]
-        if entry.model_type == model_type and not entry.architecture:
-            return zoo.make_config(entry)
+    if of_the_zoo(model_type):
+        return zoo.make_config(zoo.ZOO[model_type])
     config_class = CONFIG_MAPPING[model_type]
     given = dict(OVERRIDES.get(model_type, {}))
     return config_class(**{**_shrunk(config_class), **given})
@@ -180,6 +194,8 @@ def _class_of(name: str) -> tuple[Any, PreTrainedConfig]:
 
 def build(name: str) -> Any:
     """The model with every parameter drawn at random, in float64."""
+    if name in VARIANTS:
+        return zoo.build(zoo.ZOO[name])
     model_class, config = _class_of(name)
     with torch.random.fork_rng(devices=[]):
         model = model_class(config)
