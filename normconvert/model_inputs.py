@@ -38,6 +38,27 @@ def reads_ids(model: PreTrainedModel) -> bool:
     return main_input(model) == "input_ids" or "decoder_input_ids" in _accepted(model)
 
 
+def towers(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The parts of a model of text that read images or spectra instead, by their paths.
+
+    One forward pass on text runs none of them.
+    """
+    from transformers import PreTrainedModel
+
+    found: dict[str, PreTrainedModel] = {}
+    if main_input(model) != "input_ids" or "decoder_input_ids" in _accepted(model):
+        return found
+    for path, part in model.named_modules():
+        inside = any(path.startswith(f"{tower}.") for tower in found)
+        if isinstance(part, PreTrainedModel) and not inside and _senses(part):
+            found[path] = part
+    return found
+
+
+def _senses(part: PreTrainedModel) -> bool:
+    return not _accepted(part).isdisjoint(MAIN_INPUTS) and main_input(part) != "input_ids"
+
+
 def main_shape(model: PreTrainedModel, batch: int, length: int) -> tuple[int, ...]:
     """The shape of the main input: `length` tokens, or the one image or spectrum size that fits.
 

@@ -118,7 +118,8 @@ class Graph:
 
     `auto_classes` are transformers' classes that load it. `open_biases` maps the weight of each
     Linear without a bias to the name that a bias would have, in the model and on disk. `tie_key`
-    is the key of config.json that says whether parameters are tied.
+    is the key of config.json that says whether parameters are tied. `towers` are what parts of the
+    model return that were run on their own: what the model makes of it is not in the graph.
     """
 
     model: str
@@ -133,6 +134,7 @@ class Graph:
     calls: tuple[Call, ...]
     open_biases: tuple[tuple[str, str], ...]
     tie_key: str = "tie_word_embeddings"
+    towers: tuple[tuple[str, int], ...] = ()
 
     def returning(self, names: tuple[str, ...]) -> Graph:
         """The graph that only has the outputs `names`, such as pooler_output.
@@ -149,6 +151,11 @@ class Graph:
     def output_fields(self) -> tuple[str, ...]:
         """The name that each output goes by in what the model returns."""
         return tuple(name.partition(".")[0] for name, _ in self.outputs)
+
+    @property
+    def returned(self) -> tuple[tuple[str, int], ...]:
+        """All that leaves the graph: the outputs, and what the towers return."""
+        return self.outputs + self.towers
 
     @cached_property
     def leaf_names(self) -> dict[int, str]:
@@ -182,7 +189,7 @@ class Graph:
     @cached_property
     def live_consumers(self) -> dict[int, tuple[int, ...]]:
         """Value -> positions of the nodes that read it and that some output depends on."""
-        needed = {value for _, value in self.outputs}
+        needed = {value for _, value in self.returned}
         found: dict[int, tuple[int, ...]] = {}
         for i in reversed(range(len(self.nodes))):
             node = self.nodes[i]
@@ -216,7 +223,7 @@ class Graph:
         lines = [f"graph of {self.model}"]
         lines += [f"%{value} = tensor {name!r}" for name, value in self.leaves]
         lines += [str(node) for node in self.nodes]
-        lines += [f"output {name} = %{value}" for name, value in self.outputs]
+        lines += [f"output {name} = %{value}" for name, value in self.returned]
         return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ def constants(model: PreTrainedModel, graph: Graph) -> dict[int, Key]:
     """
     inputs = trace_inputs(model, BATCH, LENGTH)
     found = _read(model, inputs)
-    live = needed(graph.nodes, [value for _, value in graph.outputs])
+    live = needed(graph.nodes, [value for _, value in graph.returned])
     mine = sorted(live - graph.producers.keys() - graph.leaf_names.keys())
     if [tuple(tensor.shape) for tensor in found] != [graph.values[value].shape for value in mine]:
         return {}

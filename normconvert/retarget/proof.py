@@ -66,7 +66,7 @@ def difference(source: Side, target: Side) -> str | None:
             return f"{decides.module or side.graph.model} decides by its data what it computes"
     numbers = _Numbers()
     mine, other = _Numbered(source, numbers), _Numbered(target, numbers)
-    left, right = dict(source.graph.outputs), dict(target.graph.outputs)
+    left, right = dict(source.graph.returned), dict(target.graph.returned)
     if left.keys() != right.keys():
         return f"the outputs are {', '.join(left)} and {', '.join(right)}"
     for name, value in left.items():
@@ -115,7 +115,7 @@ class _Numbered:
         self._side, self._graph, self._numbers = side, side.graph, numbers
         self._modules: dict[int, str] = {}
         self.of: dict[int, int] = {}
-        live = needed(self._graph.nodes, [value for _, value in self._graph.outputs])
+        live = needed(self._graph.nodes, [value for _, value in self._graph.returned])
         for name, value in self._graph.leaves:
             self._set(value, ("tensor", name), "")
         for value in sorted(live - self._graph.producers.keys() - self.of.keys()):

@@ -63,7 +63,7 @@ def passed_on(graph: Graph, shifts: Shifts, value: int) -> set[int]:
 def place_behind(graph: Graph, shifts: Shifts, value: int) -> Recentering | None:
     """In front of which module `value` arrives, with all its features, and nowhere else."""
     known = places(graph)
-    outputs = {output for _, output in graph.outputs}
+    outputs = {output for _, output in graph.returned}
     shift = Shift(len(graph.values[value].shape) - 1)
     found = None
     while True:

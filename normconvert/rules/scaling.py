@@ -98,7 +98,7 @@ def follow(
     as well, so that a constant vector added to the seeds would go the same way.
     """
     tracks = dict(seeds)
-    outputs = {value for _, value in graph.outputs}
+    outputs = {value for _, value in graph.returned}
     contractions: list[Contraction] = []
     stops: list[Stop] = []
     queue = sorted({node for value in tracks for node in graph.consumers.get(value, ())})
@@ -124,8 +124,10 @@ def follow(
 
 
 def output_stop(graph: Graph, value: int) -> Stop:
-    """That `value` is an output of the model."""
-    name = next(name for name, output in graph.outputs if output == value)
+    """That `value` is an output of the model, or of one of its towers."""
+    name = next(name for name, output in graph.returned if output == value)
+    if value not in dict(graph.outputs).values():
+        return Stop(-1, f"it is an output of a part that is traced on its own ({name})")
     alone = len(set(graph.output_fields)) == 1
     remedy = "" if alone else "; if you do not need it, name those you need with --returns"
     return Stop(-1, f"it is an output of the model ({name}){remedy}")

@@ -257,7 +257,7 @@ def obstacles(
 
     None where all paths end in LayerNorms, or nowhere. Paths through the values `cut` are left out.
     """
-    outputs = {value for _, value in graph.outputs}
+    outputs = {value for _, value in graph.returned}
     after: dict[tuple[int, Shift], list[tuple[int, Shift]]] = {}
     found: dict[tuple[int, Shift], Stop | None] = {}
     waiting = list(seeds.items())

@@ -14,7 +14,7 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Call, Graph, Norm, Tie
 from normconvert.model_class import auto_classes, resolve
-from normconvert.model_inputs import trace_inputs
+from normconvert.model_inputs import towers, trace_inputs
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
 from normconvert.trace.loading import build, load, open_biases
@@ -39,12 +39,23 @@ FOUND = 3
 def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
     """The graph of one forward pass of the model that `checkpoint` holds.
 
+    If it reads text, its towers for images and the like are run as well, each on its own; one that
+    cannot be is left out, with all others, and so are their norms.
+
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
     """
     with quiet():
         model_class, config = resolve(checkpoint, trust_remote_code)
-    return recorded(partial(_trace, checkpoint, model_class, config))
+    run = partial(_trace, checkpoint, model_class, config)
+    try:
+        return recorded(run)
+    except _TowerError:
+        return recorded(partial(run, with_towers=False))
+
+
+class _TowerError(TraceError):
+    """A tower cannot be run on its own."""
 
 
 def recorded(run: Callable[[Recorder], Graph]) -> Graph:
@@ -65,7 +76,12 @@ def recorded(run: Callable[[Recorder], Graph]) -> Graph:
 
 
 def _trace(
-    checkpoint: Checkpoint, model_class: type[PreTrainedModel], config: Any, recorder: Recorder
+    checkpoint: Checkpoint,
+    model_class: type[PreTrainedModel],
+    config: Any,
+    recorder: Recorder,
+    *,
+    with_towers: bool = True,
 ) -> Graph:
     with quiet(), fake_tensors(), torch.no_grad():
         try:
@@ -76,7 +92,7 @@ def _trace(
                 f"that can be built: {first_line(error)}."
             ) from error
         leaves, ties = load(model, checkpoint, recorder)
-        return record(model, recorder, leaves, ties)
+        return record(model, recorder, leaves, ties, with_towers=with_towers)
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -92,8 +108,12 @@ def record(
     recorder: Recorder,
     leaves: tuple[tuple[str, int], ...],
     ties: tuple[Tie, ...],
+    *,
+    with_towers: bool = False,
 ) -> Graph:
     """The graph of one forward pass of `model`, which is on fake tensors, as `fake_tensors` makes.
+
+    And of one of each of its towers, `with_towers`.
 
     Raises:
         TraceError: it cannot be run.
@@ -103,24 +123,13 @@ def record(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
     calls = _NormCalls(model, recorder)
-    try:
-        with torch.device(model.device):
-            inputs = trace_inputs(model, BATCH, LENGTH)
-        for name, given in inputs.items():
-            if isinstance(given, torch.Tensor) and given.is_floating_point():
-                inputs[name] = given.to(model.dtype)
-        with forgetting(model), readable_numbers(), calls, recorder:
-            output = model(**inputs)
-    except Exception as error:  # the model's own code may raise anything
-        raise TraceError(
-            f"The forward pass of {type(model).__name__} cannot be traced: {first_line(error)}.",
-            module=recorder.module,
-        ) from error
-    outputs = tuple(
-        (".".join(re.findall(r"\w+", keystr(path))), recorder.value(leaf))
-        for path, leaf in tree_leaves_with_path(output)
-        if isinstance(leaf, torch.Tensor)
-    )
+    returned, of_towers = _run(model, recorder, calls), []
+    for path, tower in towers(model).items() if with_towers else ():
+        try:
+            of_tower = _run(tower, recorder, calls, output_hidden_states=True)
+        except TraceError as error:
+            raise _TowerError(str(error), module=error.module) from error.__cause__
+        of_towers += [(f"{path}.{name}", value) for name, value in of_tower]
     return Graph(
         model=type(model).__name__,
         auto_classes=auto_classes(type(model), model.config),
@@ -130,11 +139,36 @@ def record(
         parameters=parameters,
         norms=tuple(calls.norms.values()),
         ties=ties,
-        outputs=outputs,
+        outputs=tuple(returned),
         calls=tuple(calls.calls),
         open_biases=open_biases(model),
         tie_key=type(model.config).attribute_map.get(_TIE_KEY, _TIE_KEY),
+        towers=tuple(of_towers),
     )
+
+
+def _run(
+    model: PreTrainedModel, recorder: Recorder, calls: _NormCalls, **options: Any
+) -> list[tuple[str, int]]:
+    """One forward pass, recorded: the name and the value of all that it returns."""
+    try:
+        with torch.device(model.device):
+            inputs = trace_inputs(model, BATCH, LENGTH)
+        for name, given in inputs.items():
+            if isinstance(given, torch.Tensor) and given.is_floating_point():
+                inputs[name] = given.to(model.dtype)
+        with forgetting(model), readable_numbers(), calls, recorder:
+            output = model(**inputs, **options)
+    except Exception as error:  # the model's own code may raise anything
+        raise TraceError(
+            f"The forward pass of {type(model).__name__} cannot be traced: {first_line(error)}.",
+            module=recorder.module,
+        ) from error
+    return [
+        (".".join(re.findall(r"\w+", keystr(path))), recorder.value(leaf))
+        for path, leaf in tree_leaves_with_path(output)
+        if isinstance(leaf, torch.Tensor)
+    ]
 
 
 _TIE_KEY = "tie_word_embeddings"

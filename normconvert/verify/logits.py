@@ -21,7 +21,7 @@ from normconvert.torch_dtypes import TORCH_DTYPE
 from normconvert.verify.layers import distances, layer_states
 from normconvert.verify.loading import load_model
 from normconvert.verify.noise import perturbed
-from normconvert.verify.tokens import input_sets
+from normconvert.verify.tokens import input_sets, tower_inputs
 
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
@@ -155,6 +155,8 @@ class _Runner:
             with torch.no_grad(), exact, layer_states(model) as states:
                 for name, inputs in sets.items():
                     found |= _named_outputs(name, model(**inputs), self._returns)
+                for path, (tower, inputs) in tower_inputs(model).items():
+                    found |= _named_outputs(path, tower(**inputs), ())
         except Exception as error:  # the model's own code may raise anything
             raise VerificationError(
                 f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}."

@@ -138,15 +138,23 @@ class Recomputer:
         count = shape[axis]
         reduced = tuple(1 if i == axis else size for i, size in enumerate(shape))
         total, size, lost = np.zeros(reduced), np.zeros(reduced), np.zeros(reduced)
+        smallest = np.full(reduced, np.inf)  # bit of any of the numbers
         for box in boxes(shape):
             there = tuple(slice(0, 1) if i == axis else each for i, each in enumerate(box))
             part = self.box(of, shape, box)
             some, lost_here = _sum(part.value, axis)
             total[there], lost_there = _two_sum(total[there], some)
-            lost[there] += lost_here + np.abs(lost_there) + part.slack
-            size[there] += np.abs(part.value).sum(axis, keepdims=True)
-        # A sum of n numbers in any order is off by at most n units of the sum of their sizes.
-        slack = np.where(lost == 0, 0.0, lost + count * UNIT * size) / count
+            lost[there] += lost_here + np.abs(lost_there)
+            if not isinstance(part.slack, float):
+                lost[there] += part.slack.sum(axis, keepdims=True)
+            sizes = np.abs(part.value)
+            size[there] += sizes.sum(axis, keepdims=True)
+            bits = np.where(sizes > 0, sizes * 2.0**-part.bits, np.inf)
+            smallest[there] = np.minimum(smallest[there], bits.min(axis, keepdims=True))
+        # A sum of n numbers in any order is off by at most n units of the sum of their sizes; by
+        # nothing, whatever the order, if float64 has all the bits between them.
+        exact = (lost == 0) & (size < smallest * 2.0**53)
+        slack = np.where(exact, 0.0, lost + count * UNIT * size) / count
         mean = total / count
         slack += np.where(_product_is(mean, count, total), 0.0, UNIT * np.abs(mean))
         return Enclosure(mean, slack, 53, nearest=False)

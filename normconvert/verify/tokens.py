@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from normconvert.model_inputs import main_input, main_shape, plain_inputs, reads_ids
+from normconvert.errors import TraceError
+from normconvert.model_inputs import (
+    main_input,
+    main_shape,
+    plain_inputs,
+    reads_ids,
+    towers,
+)
 
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
@@ -29,11 +36,29 @@ def input_sets(
     random = torch.randint(0, vocabulary or 1, (SEQUENCES, length), generator=generator)
     main = main_input(model)
     if main != "input_ids":
-        shape = main_shape(model, SEQUENCES, length)
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
+        drawn = _drawn(model, length, generator)
         return {_NAMES[main]: plain_inputs(model, drawn, random)}, ()
     sets, notes = _token_sets(checkpoint, text, vocabulary, random, trust_remote_code)
     return {name: plain_inputs(model, ids, ids) for name, ids in sets.items()}, notes
+
+
+def tower_inputs(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The towers of `model`, which text does not reach, each with what it is to be run on."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for path, tower in towers(model).items():
+        try:
+            drawn = _drawn(tower, LENGTH, generator)
+        except TraceError:  # then it was not traced either, and is the original's
+            continue
+        name = f"{path}, {_NAMES[main_input(tower)]}"
+        found[name] = tower, plain_inputs(tower, drawn, torch.empty(0))
+    return found
+
+
+def _drawn(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
+    shape = main_shape(model, SEQUENCES, length)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
 
 _NAMES = {"pixel_values": "images", "input_features": "spectra"}

@@ -22,7 +22,7 @@ from normconvert.settle import Request, settle
 from normconvert.source import Checkpoint, open_checkpoint
 from normconvert.trace import trace
 from normconvert.verify.loading import load_model
-from normconvert.verify.tokens import input_sets
+from normconvert.verify.tokens import input_sets, tower_inputs
 
 _LENGTH = 11
 REWRITES: tuple[Any, ...] = ("flashnorm", "rmsnorm", "crmsnorm")
@@ -115,10 +115,12 @@ def _run(
             for key, value in list(sets.values())[-1].items()
         }
     with torch.no_grad(), float64():
-        output = model(**inputs)
-    found = getattr(output, "logits", output[0]).flatten()
-    pooled = getattr(output, "pooler_output", None)
-    return inputs, found if pooled is None else torch.cat([found, pooled.flatten()])
+        outputs = [model(**inputs)]
+        outputs += [tower(**given) for tower, given in tower_inputs(model).values()]
+    found = [getattr(output, "logits", output[0]) for output in outputs]
+    pooled = [getattr(output, "pooler_output", None) for output in outputs]
+    found += [each for each in pooled if each is not None]
+    return inputs, torch.cat([each.flatten() for each in found])
 
 
 def _refusal(error: Exception, source: Checkpoint) -> str:
