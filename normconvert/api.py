@@ -117,7 +117,7 @@ def convert(
         from normconvert.verify import certify, choose_dtype, compare
 
         choose_dtype(checkpoint, None)  # to refuse before the work, not after it
-    with stage(place) as staged:
+    with stage(place, force=force) as staged:
         write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
         verification = None
         if verify:

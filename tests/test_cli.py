@@ -294,7 +294,10 @@ def test_an_existing_output(converted: Path, tmp_path: Path) -> None:
         planned = run_here("flashnorm", "llama", "--dry-run", cwd=cwd)
     assert planned.status == 0
     assert planned.out.endswith("Dry run: nothing was written.\n")
-    (cwd / "llama-flashnorm" / "old").write_text("")
+    (cwd / "llama-flashnorm" / "notes").write_text("mine")
+    with nothing_written(cwd):
+        run_here("flashnorm", "llama", "--force", cwd=cwd).assert_refused("flashnorm/notes")
+    (cwd / "llama-flashnorm" / "notes").unlink()
     result = run_here("flashnorm", "llama", "--force", "--no-verify", "--json", cwd=cwd)
     assert result.status == 0
     assert result.err == ""
@@ -303,7 +306,6 @@ def test_an_existing_output(converted: Path, tmp_path: Path) -> None:
     assert document["output"] == "llama-flashnorm"
     assert document["verification"] is None
     assert {path.name for path in cwd.iterdir()} == {"llama", "llama-flashnorm"}
-    assert not (cwd / "llama-flashnorm" / "old").exists()
 
 
 @pytest.mark.parametrize("manifest", [True, False])

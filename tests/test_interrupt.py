@@ -167,7 +167,7 @@ def state(folder: Path, whole: Path) -> str:
     if not folder.exists():
         return "absent"
     names = sorted(path.name for path in folder.iterdir())
-    if names == ["config.json", "old"]:
+    if names == ["normconvert.json", "old"]:
         return "old"
     assert names == sorted(path.name for path in whole.iterdir())
     same, other, unreadable = filecmp.cmpfiles(folder, whole, names, shallow=False)
@@ -183,7 +183,7 @@ def test_at_any_moment(number: str, force: bool, bench: Bench) -> None:
         shutil.rmtree(bench.output, ignore_errors=True)
         if force:
             bench.output.mkdir()
-            (bench.output / "config.json").write_text("{}")
+            (bench.output / "normconvert.json").write_text('{"files": ["old"]}')
             (bench.output / "old").write_text("")
         process = bench.start(*(["--force"] if force else []))
         time.sleep(random.uniform(low, high) * bench.seconds)
@@ -244,6 +244,7 @@ def dead() -> int:
 def make(path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text(path.name)
+    (path / "normconvert.json").write_text('{"files": ["config.json"]}')
     return path
 
 
@@ -261,12 +262,12 @@ def test_leftovers_are_removed_or_put_back(dead: int, tmp_path: Path) -> None:
             "output.normconvert-1-0",
         )
     }
-    with stage(tmp_path / "output") as staged:
+    with stage(tmp_path / "output", force=True) as staged:
         assert {path.name for path in tmp_path.iterdir()} == {*kept, "output", staged.path.name}
         assert (tmp_path / "output" / "config.json").read_text().endswith("-old")
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "output"}
     make(tmp_path / f".output.normconvert-{dead}-456789ab-old")
-    with stage(tmp_path / "output") as staged:
+    with stage(tmp_path / "output", force=True) as staged:
         (staged.path / "config.json").write_text("new")
         staged.commit()
     assert {path.name for path in tmp_path.iterdir()} == {*kept, "output"}
@@ -298,7 +299,7 @@ def test_the_last_step_is_not_interrupted(
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
-    with stage(tmp_path / "output") as staged:
+    with stage(tmp_path / "output", force=True) as staged:
         (staged.path / "config.json").write_text("new")
         with pytest.raises(KeyboardInterrupt):
             staged.commit()
@@ -309,7 +310,7 @@ def test_the_last_step_is_not_interrupted(
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     make(tmp_path / "place")
     (tmp_path / "output").symlink_to("place")
-    with stage(tmp_path / "output") as staged:
+    with stage(tmp_path / "output", force=True) as staged:
         (staged.path / "config.json").write_text("new")
         staged.commit()
     assert (tmp_path / "output").is_symlink()

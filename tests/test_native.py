@@ -621,6 +621,7 @@ def test_export(case: Case, pairs: Pairs) -> None:
 
 # torch's own, on the first import of the compiler.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # Python 3.13.0
 def test_compile(tmp_path: Path) -> None:
     """With a small model, for it takes long."""
     entry = zoo.Entry(model_type="gpt2", config={"n_layer": 1, "n_embd": 54, "n_head": 9})

@@ -287,6 +287,7 @@ def test_on_meta_and_fake_tensors(make: Callable[[], nn.Module], size: int) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # Python 3.13.0
 def test_compiled_modules_compute_the_same() -> None:
     modules = [
         RMSNorm(96, EPS, gain=False),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from typing import NoReturn
 
@@ -20,6 +22,9 @@ class Interrupted(BaseException):
 
 def main() -> None:
     """The process: a command line, and what makes it start and end quickly."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of ASCII
     gc.set_threshold(100_000)  # importing torch and transformers makes much and drops nothing
     try:
@@ -60,7 +65,8 @@ def _fail(code: str, message: str) -> NoReturn:
     if _json_on_stdout(sys.argv[1:]):
         from normconvert.cli.show import show_json
 
-        show_json({"error": {"code": code, "message": message}})
+        with suppress(OSError):  # it may be what has failed
+            show_json({"error": {"code": code, "message": message}})
     typer.echo(f"normconvert: {message}", err=True)
     raise SystemExit(2)
 

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normconvert.errors import NormconvertError, RewriteError
+from normconvert.errors import NormconvertError, RewriteError, SourceError
+from normconvert.source.checkpoint import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+MANIFEST = "normconvert.json"
+"""What tells of the conversion, in every output."""
 
 _STAGED = re.compile(r"\.(?P<name>.+)\.normconvert-(?P<process>\d+)-[0-9a-f]+(?P<old>-old)?")
 """A conversion into NAME by that process, or the older output that it is about to replace."""
@@ -28,18 +32,20 @@ class Staged:
 
     path: Path
     output: Path
+    force: bool
 
     def commit(self) -> None:
-        """Make the folder appear under its final name, in place of an older output.
+        """Make the folder appear under its final name, with `force` in place of an older output.
 
         Raises:
-            RewriteError: the rename is not possible; an older output is still there.
+            RewriteError: the rename is not possible; what had the name still has it.
         """
         try:
             _sync(self.path)
             old = self.path.with_name(self.path.name + "-old")
             with _undisturbed():
-                if self.output.exists():
+                if self.output.exists():  # now, whatever was there in the beginning
+                    _require_replaceable(self.output, force=self.force)
                     self.output.rename(old)
                 try:
                     self.path.rename(self.output)
@@ -56,8 +62,8 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
     """Refuse, before any work, an output that cannot or must not be written.
 
     Raises:
-        RewriteError: it exists and `force` is not set, it is no checkpoint, or it and the
-            source contain each other.
+        RewriteError: it exists and `force` is not set, it holds anything but an earlier
+            conversion, or it and the source contain each other.
     """
     here, there = output.resolve(), source.resolve()
     place = next(folder for folder in here.parents if folder.exists())
@@ -73,19 +79,35 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
         raise RewriteError(
             f"The output {output} is the folder you are in, or holds it; give another --output."
         )
-    if not output.exists():
-        return
+    if output.exists():
+        _require_replaceable(output, force=force)
+
+
+def _require_replaceable(output: Path, *, force: bool) -> None:
     if not force:
         raise RewriteError(f"{output} exists; give --force to replace it, or another --output.")
-    if not (output / "config.json").is_file():
+    try:
+        written = set(read_json(output / MANIFEST)["files"])
+    except (SourceError, KeyError, TypeError) as error:
         raise RewriteError(
-            f"{output} exists and is not a checkpoint; --force does not replace it. Remove it, "
-            "or give another --output."
+            f"{output} exists and was not written by normconvert; --force does not replace it. "
+            "Remove it, or give another --output."
+        ) from error
+    if more := set(files_in(output)) - written - {MANIFEST}:
+        raise RewriteError(
+            f"{output / min(more)} is no part of the conversion that --force is to replace; move "
+            "it away, or give another --output."
         )
 
 
+def files_in(folder: Path) -> list[str]:
+    """The paths of all files in `folder`, relative to it."""
+    paths = (Path(root, name) for root, _, names in os.walk(folder) for name in names)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
 @contextmanager
-def stage(output: Path) -> Iterator[Staged]:
+def stage(output: Path, *, force: bool) -> Iterator[Staged]:
     """A new folder beside `output`; removed at the end unless it was committed.
 
     What killed runs left behind beside `output` is removed, or put back if it is the older
@@ -105,7 +127,7 @@ def stage(output: Path) -> Iterator[Staged]:
     except OSError as error:
         raise cannot_write(output, error) from error
     try:
-        yield Staged(path, output)
+        yield Staged(path, output, force)
     finally:
         with _undisturbed():
             shutil.rmtree(path, ignore_errors=True)

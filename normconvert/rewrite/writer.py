@@ -20,14 +20,13 @@ from normconvert.errors import RewriteError, SourceError
 from normconvert.ir.event import Event, Listener
 from normconvert.ir.native import MODELING_FILE
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
-from normconvert.rewrite.folder import cannot_write
+from normconvert.rewrite.folder import MANIFEST, cannot_write, files_in
 from normconvert.rewrite.layout import Layout, Span, batches, lay_out, row_blocks
 from normconvert.source.checkpoint import INDEX_FILE, Checkpoint, Shard, read_json
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Plan
 
-MANIFEST = "normconvert.json"
 _BATCH_BYTES = 16 << 20
 _KEPT_BYTES = 16 << 20  # once that is freed, glibc's malloc keeps smaller blocks mapped
 _NOT_SUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -43,6 +42,8 @@ def write(
 ) -> None:
     """Write the checkpoint that `plan` describes, and `manifest`, into the empty `folder`.
 
+    The manifest gets the list of the other files.
+
     Raises:
         RewriteError: the disk is full or not writable, a value does not fit its dtype, or the
             source changed while it was read.
@@ -54,7 +55,8 @@ def write(
         _write_config(plan, checkpoint, folder)
         _write_shards(layouts, checkpoint, folder, listen)
         _write_index(layouts, checkpoint, folder)
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        whole = {**manifest, "files": files_in(folder)}
+        (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n")
     except OSError as error:
         raise cannot_write(folder, error) from error
 

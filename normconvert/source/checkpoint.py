@@ -90,6 +90,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         SourceError: there is no such file, or it is not a JSON object.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise SourceError(f"{path} is no file; download it again.")
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:

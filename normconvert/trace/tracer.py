@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._pytree import keystr, tree_leaves_with_path
+from transformers import Cache
 
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Call, Graph, Norm, Tie
@@ -164,11 +165,19 @@ def _run(
             f"The forward pass of {type(model).__name__} cannot be traced: {first_line(error)}.",
             module=recorder.module,
         ) from error
-    return [
-        (".".join(re.findall(r"\w+", keystr(path))), recorder.value(leaf))
-        for path, leaf in tree_leaves_with_path(output)
-        if isinstance(leaf, torch.Tensor)
-    ]
+    found = []
+    for path, leaf in tree_leaves_with_path(output):
+        if isinstance(leaf, torch.Tensor):
+            found.append((".".join(re.findall(r"\w+", keystr(path))), recorder.value(leaf)))
+        elif not isinstance(leaf, _SEEN_THROUGH):
+            raise TraceError(
+                f"{type(model).__name__} returns a {type(leaf).__name__}, and what tensors that "
+                "holds is not known; let it return a ModelOutput, a dict or a tuple."
+            )
+    return found
+
+
+_SEEN_THROUGH = (bool, int, float, str, type(None), Cache)  # no tensors, or only a cache's
 
 
 _TIE_KEY = "tie_word_embeddings"

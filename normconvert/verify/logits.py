@@ -209,7 +209,7 @@ def _named_outputs(name: str, output: Any, returns: tuple[str, ...]) -> dict[str
     if returns:
         found = {f"{name}, {field}": output[field] for field in returns}
     else:
-        found = {name: getattr(output, "logits", output[0])}
+        found = {name: output.logits if hasattr(output, "logits") else output[0]}
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None:
             found[f"{name}, pooled"] = pooled
