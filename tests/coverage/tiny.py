@@ -61,6 +61,14 @@ MORE_SIZES: Mapping[str, Any] = {
     "linear_num_key_heads": 3, "linear_num_value_heads": 9,
     "linear_key_head_dim": 12, "linear_value_head_dim": 16,
     "sliding_window": 4, "chunk_size": 4,
+    "d_ff": 88, "dff": 88, "dim_ff": 88, "num_decoder_layers": 3, "depth": 3,
+    "vocab_size_per_layer_input": 101, "hidden_size_per_layer_input": 13,
+    "shape_vocab_size": 97, "shape_embed_dim": 17, "pronunciation_vocab_size": 95,
+    "pronunciation_embed_dim": 19, "linear_head_dim": 16, "swa_head_dim": 10, "rel_extent": 16,
+    "ssm_state_size": 8, "mamba_num_heads": 8, "mamba_head_dim": 12,
+    "moe_shared_expert_intermediate_size": 46, "shared_experts_intermediate_size": 46,
+    "nemo_conv_channels": 11, "ext_pw_out_channel": 54, "depthwise_separable_out_channel": 54,
+    "num_blocks": 3, "d_kv": 10,
 }  # fmt: skip
 
 _LATENT: Mapping[str, Any] = {"num_key_value_heads": 9}  # every head has its own keys
@@ -85,8 +93,12 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
          "glm_moe_dsa", "minicpm3", "youtu"),
         _LATENT,
     ),
-    "Qwen2VLForConditionalGeneration": _MROPE,
-    "Qwen2_5_VLForConditionalGeneration": _MROPE,
+    "Qwen2VLForConditionalGeneration": {
+        **_MROPE, "vision_config": {"depth": 3, "num_heads": 9, "hidden_size": 54,
+                                    "embed_dim": 72, "mlp_ratio": 2}},
+    "Qwen2_5_VLForConditionalGeneration": {
+        **_MROPE, "vision_config": {"depth": 3, "num_heads": 9, "hidden_size": 72,
+                                    "intermediate_size": 88, "out_hidden_size": 54}},
     "DINOv3ViTModel": {"hidden_size": 72},  # rotary embeddings of two dimensions
     "bamba": _MAMBA,
     "blt": {
@@ -106,7 +118,11 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
                   "head_dim": 6},
     "dots1": {"n_shared_experts": 3, "n_routed_experts": 5},
     "dots3_note_text": {**_LATENT, "head_dim": 16, "n_routed_experts": 5,
-                        "index_head_dim": 16},
+                        "index_head_dim": 16,
+                        **{f"swa_{key}": size for key, size in {
+                            "num_attention_heads": 9, "num_key_value_heads": 9,
+                            "q_lora_rank": 38, "kv_lora_rank": 22, "head_dim": 16,
+                            "qk_nope_head_dim": 10, "v_head_dim": 12}.items()}},
     "granitemoehybrid": {**_MAMBA, "shared_intermediate_size": 46,
                          "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "helium": {"head_dim": 6},
