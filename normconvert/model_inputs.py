@@ -93,7 +93,30 @@ def plain_inputs(model: PreTrainedModel, main: torch.Tensor, ids: torch.Tensor) 
     return inputs
 
 
-def trace_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
+def optional_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
+    """Zeros for the inputs that a model of this class may take as well, but not every one does.
+
+    The states of an encoder, [batch, length, hidden size], where the model is a decoder alone; the
+    patches, [batch, patches], that a mask token stands in for.
+    """
+    accepted = _accepted(model)
+    found: dict[str, Any] = {}
+    if main_input(model) == "input_ids" and "decoder_input_ids" not in accepted:
+        size = model.config.get_text_config().hidden_size
+        states = torch.zeros(batch, length, size, dtype=model.dtype)
+        known = {"encoder_hidden_states": states, "encoder_outputs": (states,)}
+        found |= {name: given for name, given in known.items() if name in accepted}
+    if "bool_masked_pos" in accepted and main_input(model) == "pixel_values":
+        *_, height, width = main_shape(model, batch, length)
+        patch = _setting(model, "patch_size")
+        patches = (height // patch) * (width // patch)
+        found["bool_masked_pos"] = torch.zeros(batch, patches, dtype=torch.bool)
+    return found
+
+
+def trace_inputs(
+    model: PreTrainedModel, batch: int, length: int, *, optional: bool = False
+) -> dict[str, Any]:
     """Zeros as inputs, and what else keeps a model from looking at them: positions, no cache.
 
     Raises:
@@ -105,6 +128,8 @@ def trace_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, A
     inputs = plain_inputs(model, main, ids)
     if text and "position_ids" in _accepted(model):
         inputs["position_ids"] = torch.arange(length).unsqueeze(0).expand(batch, length)
+    if optional:
+        inputs |= optional_inputs(model, batch, length)
     return inputs
 
 

@@ -6,7 +6,7 @@ not roundings, both the norm probe and the verification run models under `Float6
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +30,11 @@ class _Widen(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _widened(argument: object) -> object:
     return torch.float64 if argument in _NARROW and isinstance(argument, torch.dtype) else argument
+
+
+def computing_in(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Where a model of `dtype` computes: in float64 without exceptions, else as it likes."""
+    return float64() if dtype is torch.float64 else nullcontext()
 
 
 @contextmanager

@@ -103,12 +103,13 @@ class Tie:
 class Call:
     """One call of a module: where something can be put in front of it or behind it.
 
-    `inputs` are its tensors by position or keyword; `output` is None if it returned anything
-    but one tensor.
+    `inputs` are its tensors by position or keyword, `unused` the names of those inputs that it was
+    not given; `output` is None if it returned anything but one tensor.
     """
 
     module: str
     inputs: tuple[tuple[int | str, int], ...]
+    unused: tuple[str, ...]
     output: int | None
 
 
@@ -204,6 +205,11 @@ class Graph:
     def unread(self) -> tuple[str, ...]:
         """Tensors on disk that the model class does not know."""
         return tuple(name for name, value in self.leaves if value not in self.consumers)
+
+    @cached_property
+    def unread_parameters(self) -> tuple[str, ...]:
+        """Parameters that no output depends on: the pass did not run what they are for."""
+        return tuple(name for name, value in self.parameters if value not in self.live_consumers)
 
     @cached_property
     def norms_by_module(self) -> dict[str, Norm]:

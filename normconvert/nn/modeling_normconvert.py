@@ -582,11 +582,13 @@ def _change_output(
 def _change_input(
     change: Callable[[torch.Tensor], torch.Tensor],
     key: str,
-    _: nn.Module,
+    module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if key in kwargs:
         return args, {**kwargs, key: change(kwargs[key])}
+    if not key.isdigit():
+        raise ValueError(f"the converted {type(module).__name__} takes no other input than {key}")
     place = int(key)
     return (*args[:place], change(args[place]), *args[place + 1 :]), kwargs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from normconvert.ir.graph import Graph
 from normconvert.ir.native import Recentering
 from normconvert.rules.shift import Shift, Shifts
@@ -29,6 +31,42 @@ def places(graph: Graph) -> dict[int, Recentering]:
         if inside and not _any_within(graph, call.module, value):
             found.setdefault(value, Recentering(module=call.module, at="output"))
     return found
+
+
+# Inputs that write nothing to a residual stream. From `input_ids` the module makes embeddings, but
+# only where the model does not hand them in, as it did in the trace.
+_WRITES_NOTHING = frozenset({
+    "input_ids", "attention_mask", "position_ids", "position_embeddings", "past_key_values",
+    "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+})  # fmt: skip
+
+
+def entrance(
+    graph: Graph, value: int, within: Collection[str], without: Collection[str]
+) -> Recentering | None:
+    """The input of a module that `value` is, if nothing else can write to a stream in that module.
+
+    The module contains all modules `within`, and no parameter `without`.
+    """
+    modules = [call.module for call in graph.calls]
+    for call in graph.calls:
+        key = next((key for key, given in call.inputs if given == value), None)
+        if (
+            key is not None
+            and modules.count(call.module) == 1
+            and _WRITES_NOTHING.issuperset(call.unused)
+            and all(_within(call.module, each) for each in within)
+            and not any(_within(call.module, each) for each in without)
+            and _all_within(graph, call.module, value)
+        ):
+            return Recentering(module=call.module, at=f"input {key}")
+    return None
+
+
+def unread(graph: Graph, size: int) -> tuple[str, ...]:
+    """The parameters that were not read in the trace and may belong to a stream of that size."""
+    known = graph.parameter_values
+    return tuple(p for p in graph.unread_parameters if size in graph.values[known[p]].shape)
 
 
 def _within(module: str, path: str) -> bool:

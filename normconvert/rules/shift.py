@@ -39,7 +39,7 @@ class Shift:
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 KNOWN = frozenset({
     *NONLINEAR, *INDEPENDENT, *PRODUCTS, *_ZEROS, "add", "cat", "convolution", "div", "gather",
-    "index_add", "mean", "mul", "neg", "norm", "stack", "sub", "sum",
+    "index_add", "mean", "mul", "neg", "norm", "stack", "sub", "sum", "where",
 })  # fmt: skip
 """Operations that are known to pass a shift on, or known not to."""
 
@@ -79,6 +79,8 @@ class Shifts:
             return self._elementwise(node, operand, shift)
         if node.op in ("mul", "div"):
             return self._multiply(node, operand, shift)
+        if node.op == "where":
+            return self._choose(node, operand, shift)
         if node.op == "neg":
             return {node.outputs[0]: shift}
         if node.op in ("sum", "mean"):
@@ -125,6 +127,8 @@ class Shifts:
         if node.op in ("add", "sub", "cat", "stack"):
             tensors = node.op in ("cat", "stack") or isinstance(node.argument("other"), Ref)
             return tensors and len(passing) == len(node.inputs)
+        if node.op == "where":
+            return passing >= {1, 2}
         if node.op in ("addmm", "baddbmm"):
             return 0 in passing and len(passing) == 2
         if node.op == "convolution":
@@ -188,6 +192,15 @@ class Shifts:
                 {output: Shift(after.axis)} if after.axis == len(self._shape(output)) - 1 else None
             )
         return None
+
+    def _choose(self, node: Node, operand: int, shift: Shift) -> dict[int, Shift] | None:
+        """`where` takes all coordinates from one of two, if its condition has none."""
+        passed = self._elementwise(node, operand, shift)
+        if operand == 0 or passed is None or len(node.inputs) < 3:
+            return None
+        (output, after), condition = next(iter(passed.items())), self._shape(node.inputs[0])
+        axis = after.axis - len(self._shape(output)) + len(condition)
+        return passed if axis < 0 or condition[axis] == 1 else None
 
     def _sum(self, node: Node, shift: Shift) -> dict[int, Shift] | None:
         rank = len(self._shape(node.inputs[0]))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import Recentering
 from normconvert.rules.draft import Obstacle
-from normconvert.rules.places import places
+from normconvert.rules.places import entrance, places, unread
 from normconvert.rules.scaling import Origins, Stop
 from normconvert.rules.shift import KNOWN, Shift, Shifts, obstacles
 
@@ -150,9 +150,14 @@ class _Finder:
         assert isinstance(size, int)
         stream = Stream(norms=tuple(norms), size=size)
         blocked = self._blocked(reach, conflicts)
+        unseen = unread(self._graph, size)
         chosen: dict[int, Recentering] = {}
-        if blocked:
-            found = self._recentered(seeds, reach, blocked, conflicts)
+        if blocked or unseen:
+            found = (
+                self._shut(norms, seeds, reach, unseen, conflicts)
+                if unseen
+                else self._recentered(seeds, reach, blocked, conflicts)
+            )
             if isinstance(found, Obstacle):
                 return _refused(stream, found)
             chosen = found
@@ -291,6 +296,29 @@ class _Finder:
                 )
             several[place] = legal[place]
 
+    def _shut(
+        self,
+        norms: list[Norm],
+        seeds: dict[int, Shift],
+        reach: _Reach,
+        unseen: tuple[str, ...],
+        conflicts: Set[int],
+    ) -> dict[int, Recentering] | Obstacle:
+        """Where to recenter so that whatever `unseen` writes, on another input, has mean zero too.
+
+        That is the one input of a module which has all of `norms` in it and none of `unseen`.
+        """
+        obstacle = Obstacle(f"{unseen[0]}, which was not read in the trace, may write to it")
+        if not self._recenter:
+            return obstacle
+        for value, shift in reach.values.items():
+            place = entrance(self._graph, value, [norm.module for norm in norms], unseen)
+            if place is None or not self._movable(value, shift):
+                continue
+            left = self._blocked(self._reach(seeds, {value}), conflicts)
+            return next(iter(left.values())) if left else {value: place}
+        return obstacle
+
     def _goes_on(self, value: int, shift: Shift) -> bool:
         """Whether a LayerNorm reads `value` and it is passed on as well: a residual stream.
 
@@ -321,12 +349,13 @@ class _Finder:
 
     def _place(self, value: int, shift: Shift) -> Recentering | None:
         """How to recenter `value` for all that read it, if that is legal and possible."""
-        if shift.over is not None or self._minded.get((value, shift), _UNKNOWN) is not None:
-            return None
-        return self._places.get(value) if self._last_axis(value, shift) else None
+        return self._places.get(value) if self._movable(value, shift) else None
 
-    def _last_axis(self, value: int, shift: Shift) -> bool:
-        return shift.axis == len(self._graph.values[value].shape) - 1
+    def _movable(self, value: int, shift: Shift) -> bool:
+        """Whether nothing minds if `value` is shifted, by one number along its last axis."""
+        minded = self._minded.get((value, shift), _UNKNOWN) is not None
+        last = shift.axis == len(self._graph.values[value].shape) - 1
+        return shift.over is None and not minded and last
 
 
 _UNKNOWN = Stop(-1, "it was not followed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,8 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
     """The graph of one forward pass of the model that `checkpoint` holds.
 
     If it reads text, its towers for images and the like are run as well, each on its own; one that
-    cannot be is left out, with all others, and so are their norms.
+    cannot be is left out, with all others, and so are their norms. If the pass leaves parameters
+    unread, it is run once more with inputs that the model can do without.
 
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
@@ -50,9 +52,17 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
         model_class, config = resolve(checkpoint, trust_remote_code)
     run = partial(_trace, checkpoint, model_class, config)
     try:
-        return recorded(run)
+        graph = recorded(run)
     except _TowerError:
-        return recorded(partial(run, with_towers=False))
+        run = partial(run, with_towers=False)
+        graph = recorded(run)
+    if not graph.unread_parameters:
+        return graph
+    try:
+        wider = recorded(partial(run, optional=True))
+    except TraceError:  # it takes no such inputs after all
+        return graph
+    return min(graph, wider, key=lambda each: len(each.unread_parameters))
 
 
 class _TowerError(TraceError):
@@ -83,6 +93,7 @@ def _trace(
     recorder: Recorder,
     *,
     with_towers: bool = True,
+    optional: bool = False,
 ) -> Graph:
     with quiet(), fake_tensors(), torch.no_grad():
         try:
@@ -93,7 +104,7 @@ def _trace(
                 f"that can be built: {first_line(error)}."
             ) from error
         leaves, ties = load(model, checkpoint, recorder)
-        return record(model, recorder, leaves, ties, with_towers=with_towers)
+        return record(model, recorder, leaves, ties, with_towers=with_towers, optional=optional)
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -111,10 +122,11 @@ def record(
     ties: tuple[Tie, ...],
     *,
     with_towers: bool = False,
+    optional: bool = False,
 ) -> Graph:
     """The graph of one forward pass of `model`, which is on fake tensors, as `fake_tensors` makes.
 
-    And of one of each of its towers, `with_towers`.
+    And of one of each of its towers, `with_towers`; with `optional` inputs as well as needed ones.
 
     Raises:
         TraceError: it cannot be run.
@@ -124,7 +136,7 @@ def record(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
     calls = _NormCalls(model, recorder)
-    returned, of_towers = _run(model, recorder, calls), []
+    returned, of_towers = _run(model, recorder, calls, optional=optional), []
     for path, tower in towers(model).items() if with_towers else ():
         try:
             of_tower = _run(tower, recorder, calls, output_hidden_states=True)
@@ -149,12 +161,17 @@ def record(
 
 
 def _run(
-    model: PreTrainedModel, recorder: Recorder, calls: _NormCalls, **options: Any
+    model: PreTrainedModel,
+    recorder: Recorder,
+    calls: _NormCalls,
+    *,
+    optional: bool = False,
+    **options: Any,
 ) -> list[tuple[str, int]]:
     """One forward pass, recorded: the name and the value of all that it returns."""
     try:
         with torch.device(model.device):
-            inputs = trace_inputs(model, BATCH, LENGTH)
+            inputs = trace_inputs(model, BATCH, LENGTH, optional=optional)
         for name, given in inputs.items():
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
@@ -229,7 +246,14 @@ class _NormCalls:
             self._add_norm(path, module, _tensors([*args, *kwargs.values()])[0], output)
         self._recorder.module, inputs = self._outer.pop()
         known = self._known([(0, output)])
-        self.calls.append(Call(module=path, inputs=inputs, output=known[0][1] if known else None))
+        self.calls.append(
+            Call(
+                module=path,
+                inputs=inputs,
+                unused=_unused(module, args, kwargs),
+                output=known[0][1] if known else None,
+            )
+        )
 
     def _known(self, arguments: list[tuple[int | str, Any]]) -> tuple[tuple[int | str, int], ...]:
         """The values of those arguments that are tensors which the graph knows."""
@@ -275,6 +299,15 @@ class _NormCalls:
         if formula.kind == "unrecognised":
             reads |= dict(module.named_parameters())
         self._recorder.add_call("norm", reads, output)
+
+
+def _unused(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, ...]:
+    """The inputs that the module takes and was not given."""
+    signature = inspect.signature(module.forward)
+    given = signature.bind_partial(*args, **kwargs).arguments
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = (name for name, each in signature.parameters.items() if each.kind not in various)
+    return tuple(name for name in names if given.get(name) is None)
 
 
 def _tensors(arguments: list[Any]) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import get_max_memory
+from torch.utils._pytree import tree_map
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.ir.report import Algebra, Site
@@ -99,7 +100,8 @@ def _sites(plan: Plan, modules: Mapping[str, tuple[str, ...]]) -> dict[str, tupl
 def _inputs(model: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> dict[str, Any]:
     """One short random input."""
     sets, _ = input_sets(model, checkpoint, None, trust_remote_code)
-    return {name: _short(each) for name, each in list(sets.values())[-1].items()}
+    short: dict[str, Any] = tree_map(_short, list(sets.values())[-1])
+    return short
 
 
 def _short(given: Any) -> Any:

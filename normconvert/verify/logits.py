@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import get_max_memory
+from torch.utils._pytree import tree_leaves
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.ir.event import Event, Listener
 from normconvert.ir.report import Algebra, Certificate, Comparison, Equivalence, Layer
 from normconvert.model_class import auto_classes
-from normconvert.precision import float64
+from normconvert.precision import computing_in
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
 from normconvert.verify.layers import distances, layer_states
@@ -26,8 +27,8 @@ from normconvert.verify.tokens import input_sets, tower_inputs
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
 
-_FLOOR_RUNS = 3
-_TIMES_FLOOR = 4.0
+_FLOOR_RUNS, _MOST_FLOOR_RUNS = 3, 12
+_TIMES_FLOOR, _FAR = 4.0, 100.0
 _PASSES = 2 + _FLOOR_RUNS
 _Outputs: TypeAlias = "tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]"
 
@@ -52,9 +53,10 @@ def compare(
 
     Both are run on the same input. Then the tensors in which they differ are perturbed in the
     original within the rounding of their stored dtype, three times; they are equivalent if
-    their outputs differ by at most four times what that does. Where tensors have another shape
-    (on d - 1 coordinates the last is minus the sum of the others, with the rounding of all of
-    them), it is the converted model that is perturbed.
+    their outputs differ by at most four times what that does. A model of few outputs may hardly
+    move in three: before two are called different that are not far apart, it is twelve times.
+    Where tensors have another shape (on d - 1 coordinates the last is minus the sum of the others,
+    with the rounding of all of them), it is the converted model that is perturbed.
 
     Raises:
         VerificationError: one of them cannot be loaded whole or cannot be run.
@@ -75,8 +77,12 @@ def compare(
         resized = any(shapes.get(name, shape) != shape for name, shape in _shapes(model).items())
         del model
         differing = _differing(before, after)
-        floors, layer_floors = [], []
-        for seed in range(_FLOOR_RUNS if differing else 0):
+        floors: list[dict[str, tuple[float, float]]] = []
+        layer_floors = []
+        for seed in range(_MOST_FLOOR_RUNS if differing else 0):
+            times = _times_floor(_distances(reference, candidate), floors)
+            if seed >= _FLOOR_RUNS and not _TIMES_FLOOR < times < _FAR:
+                break
             model = run.load(converted if resized else original)
             moving = _differing(after, before) if resized else differing
             _perturb(model, moving, original, converted, seed)
@@ -149,7 +155,7 @@ class _Runner:
 
         And what its layers return on the way, one tensor for each of their calls.
         """
-        exact = float64() if self._compute is torch.float64 else nullcontext()
+        exact = computing_in(self._compute)
         found: dict[str, torch.Tensor] = {}
         try:
             with torch.no_grad(), exact, layer_states(model) as states:
@@ -162,7 +168,7 @@ class _Runner:
                 f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}."
             ) from error
         self._done += 1
-        self._listen(Event("verifying", self._done, _PASSES))
+        self._listen(Event("verifying", self._done, max(_PASSES, self._done)))
         return found, states
 
 
@@ -203,13 +209,14 @@ def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _named_outputs(name: str, output: Any, returns: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """The outputs `returns` of what a model returned.
 
-    Unless there are any, the logits; without a head the last hidden states, and what is pooled of
-    them.
+    Unless there are any, the logits; without them the first that has features, such as the last
+    hidden states (a loss has none), and what is pooled of them.
     """
     if returns:
         found = {f"{name}, {field}": output[field] for field in returns}
     else:
-        found = {name: output.logits if hasattr(output, "logits") else output[0]}
+        first = next(each for each in tree_leaves(output) if getattr(each, "ndim", 0) > 1)
+        found = {name: getattr(output, "logits", first)}
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None:
             found[f"{name}, pooled"] = pooled
@@ -306,6 +313,24 @@ def _comparison(
         distribution=_distribution(reference, candidate),
         equivalent=largest <= _TIMES_FLOOR * floor_max and rms <= _TIMES_FLOOR * floor_rms,
     )
+
+
+def _times_floor(
+    found: dict[str, tuple[float, float]], floors: list[dict[str, tuple[float, float]]]
+) -> float:
+    """How many times the highest floor a distance is, largest or rms, where it is most times it."""
+    highest = {
+        (name, i): max((each[name][i] for each in floors), default=0.0)
+        for name in found
+        for i in range(2)
+    }
+    times = (
+        distance / highest[name, i] if highest[name, i] else math.inf
+        for name, distances in found.items()
+        for i, distance in enumerate(distances)
+        if distance
+    )
+    return max(times, default=0.0)
 
 
 def _distribution(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[tuple[int, int], ...]:

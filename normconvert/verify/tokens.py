@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from normconvert.errors import TraceError
 from normconvert.model_inputs import (
     main_input,
     main_shape,
+    optional_inputs,
     plain_inputs,
     reads_ids,
     towers,
 )
+from normconvert.precision import computing_in
 
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
@@ -35,11 +39,35 @@ def input_sets(
     # Images and spectra need no ids, except for a decoder.
     random = torch.randint(0, vocabulary or 1, (SEQUENCES, length), generator=generator)
     main = main_input(model)
+    notes: tuple[str, ...] = ()
     if main != "input_ids":
         drawn = _drawn(model, length, generator)
-        return {_NAMES[main]: plain_inputs(model, drawn, random)}, ()
-    sets, notes = _token_sets(checkpoint, text, vocabulary, random, trust_remote_code)
-    return {name: plain_inputs(model, ids, ids) for name, ids in sets.items()}, notes
+        sets = {_NAMES[main]: plain_inputs(model, drawn, random)}
+    else:
+        tokens, notes = _token_sets(checkpoint, text, vocabulary, random, trust_remote_code)
+        sets = {name: plain_inputs(model, ids, ids) for name, ids in tokens.items()}
+    return sets | _optional_sets(model, length, generator, [*sets.values()][-1]), notes
+
+
+def _optional_sets(
+    model: Any, length: int, generator: torch.Generator, plain: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """The inputs `plain` with those that the model can do without, if it can do with them."""
+    zeros = optional_inputs(model, SEQUENCES, length)
+    if not zeros:
+        return {}
+    inputs = {**plain, **tree_map(partial(_random_like, generator), zeros)}
+    try:
+        with torch.no_grad(), computing_in(model.dtype):
+            model(**inputs)
+    except Exception:  # whatever a model raises that has no use for them
+        return {}
+    return {f"with {', '.join(zeros)}": inputs}
+
+
+def _random_like(generator: torch.Generator, zeros: torch.Tensor) -> torch.Tensor:
+    drawn = torch.randn(zeros.shape, generator=generator, dtype=torch.float64)
+    return drawn > 0 if zeros.dtype is torch.bool else drawn.to(zeros.dtype)
 
 
 def tower_inputs(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
