@@ -101,6 +101,8 @@ def optional_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str
     """
     accepted = _accepted(model)
     found: dict[str, Any] = {}
+    if accepted.isdisjoint(MAIN_INPUTS):
+        return found
     if main_input(model) == "input_ids" and "decoder_input_ids" not in accepted:
         size = model.config.get_text_config().hidden_size
         states = torch.zeros(batch, length, size, dtype=model.dtype)
@@ -114,9 +116,7 @@ def optional_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str
     return found
 
 
-def trace_inputs(
-    model: PreTrainedModel, batch: int, length: int, *, optional: bool = False
-) -> dict[str, Any]:
+def trace_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
     """Zeros as inputs, and what else keeps a model from looking at them: positions, no cache.
 
     Raises:
@@ -128,8 +128,6 @@ def trace_inputs(
     inputs = plain_inputs(model, main, ids)
     if text and "position_ids" in _accepted(model):
         inputs["position_ids"] = torch.arange(length).unsqueeze(0).expand(batch, length)
-    if optional:
-        inputs |= optional_inputs(model, batch, length)
     return inputs
 
 

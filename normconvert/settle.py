@@ -189,4 +189,5 @@ def _why_not(plan: Plan, rewrite: str) -> str:
     kept = plan.kept(rewrite)
     if not kept:
         return f"{plan.model} has none that is known."
-    return f"{kept[0].norm} is kept because {kept[0].reason} (of {len(kept)} norms)."
+    first = next((verdict for verdict in kept if verdict.kind == "layernorm"), kept[0])
+    return f"{first.norm} is kept because {first.reason} (of {len(kept)} norms)."

@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel
 import normconvert
 import zoo
 from command_line import assert_sentence, nothing_written, run, run_here
+from normconvert.ir.event import Event
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 Break = Callable[[Path], object]
@@ -182,6 +183,12 @@ def edit_json(folder: Path, name: str, change: Callable[[dict[str, Any]], object
     (folder / name).write_text(json.dumps(content))
 
 
+def make_pipe(path: Path) -> None:
+    """A pipe in place of a file: whoever opens it for reading waits for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
 def make_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -210,6 +217,10 @@ BAD_SHARDS: dict[str, Case] = {
     "tensor only in the index": (
         index(lambda weight_map: weight_map.update({"model.extra": SECOND})),
         (INDEX, "model.extra", SECOND),
+    ),
+    "endless shard": (
+        index(lambda weight_map: weight_map.update({NORM: "x" * 5000})),
+        (INDEX, "'xxxxx", "not a file beside it"),
     ),
     "tensor only in the file": (index(lambda weight_map: weight_map.pop(NORM)), (INDEX, NORM)),
     "tensor in another shard": (
@@ -256,6 +267,11 @@ BAD_FOLDERS: dict[str, Case] = {
     "config a folder": (
         lambda folder: make_folder(folder / CONFIG),
         (CONFIG,),
+    ),
+    "config a pipe": (lambda folder: make_pipe(folder / CONFIG), (CONFIG, "is no file")),
+    "a link to nothing": (
+        lambda folder: (folder / "tokenizer.json").symlink_to("nowhere"),
+        ("tokenizer.json", "links to a file that is not there"),
     ),
     "config not JSON": (lambda folder: (folder / CONFIG).write_text("no"), (CONFIG, "JSON")),
     "config binary": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\xfd"), (CONFIG,)),
@@ -467,6 +483,12 @@ def test_a_file_in_place_of_a_folder(single: Path) -> None:
     assert_sentence(str(caught.value), SINGLE, "is a file")
 
 
+def test_no_folder_at_all() -> None:
+    with pytest.raises(normconvert.NormconvertError) as caught:
+        normconvert.inspect("")
+    assert_sentence(str(caught.value), "MODEL is empty")
+
+
 def test_a_revision_of_a_folder(single: Path) -> None:
     assert_refused(single, "--revision", "local folder", revision="main")
 
@@ -497,6 +519,33 @@ def test_output_exists(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (output / CONFIG).write_text("{}")
     monkeypatch.chdir(output)
     refused_output(single, Path(), "you are in", force=True)
+
+
+def test_force_replaces_a_conversion_and_nothing_more(single: Path) -> None:
+    output = single.parent / "output"
+    normconvert.convert(single, output, verify=False)
+    normconvert.convert(single, output, verify=False, force=True)
+    (output / "notes.txt").write_text("work")
+    refused_output(single, output, "notes.txt", "no part of the conversion", force=True)
+    (output / "notes.txt").unlink()
+    make_pipe(output / "normconvert.json")
+    refused_output(single, output, "not written by normconvert", force=True)
+
+
+def test_an_output_that_appears_meanwhile(single: Path) -> None:
+    """It is looked for again at the last moment, and not replaced unasked."""
+    output = single.parent / "output"
+
+    def listen(event: Event) -> None:
+        if event.stage == "writing" and not output.exists():
+            output.mkdir()
+            (output / "work").write_text("another program's")
+
+    with pytest.raises(normconvert.NormconvertError) as caught:
+        normconvert.convert(single, output, verify=False, listen=listen)
+    assert_sentence(str(caught.value), "exists", "--force")
+    assert [path.name for path in output.iterdir()] == ["work"]
+    assert sorted(path.name for path in single.parent.iterdir()) == ["llama", "output"]
 
 
 def test_output_where_nothing_can_be_made(single: Path) -> None:

@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 import normconvert
 import zoo
-from command_line import COMMAND, Run, environment, nothing_written, run, run_here
+from command_line import COMMAND, Run, assert_sentence, environment, nothing_written, run, run_here
 from normconvert.ir.plan import Plan
 from normconvert.rewrite.evaluate import Evaluator
 
@@ -564,6 +564,40 @@ def test_a_reader_that_leaves_changes_nothing(
         )
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "llama-flashnorm" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",)], ids=["text", "json"])
+def test_what_cannot_be_printed(
+    arguments: tuple[str, ...], originals: Path, tmp_path: Path
+) -> None:
+    command = [*COMMAND, "flashnorm", str(originals / "llama"), "--no-verify", *arguments]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert_sentence(done.stderr.removeprefix("normconvert: ").rstrip(), "is complete", "No space")
+    assert (tmp_path / "llama-flashnorm" / "normconvert.json").is_file()
+
+
+def test_a_closed_stdout(originals: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, "flashnorm", str(originals / "llama"), "--no-verify"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command],
+        cwd=tmp_path, env=environment(), stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "llama-flashnorm" / "normconvert.json").is_file()
+
+
+def test_a_report_into_a_folder(converted: Path, originals: Path) -> None:
+    for option in ("--report", "--json"):
+        result = run_here(
+            "verify-equivalence", originals / "llama", converted, option, ".", cwd=converted.parent
+        )
+        assert result.status == 2
+        assert f"Invalid value for '{option}'" in result.err
+        assert result.out == ""
 
 
 def test_a_terminal_of_ascii(originals: Path, tmp_path: Path) -> None:

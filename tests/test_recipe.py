@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,10 @@ def test_a_recipe(tmp_path: Path) -> None:
         ("- flashnorm", "is not a recipe"),
         ("", "is not a recipe"),
         ("steps: [", "is not YAML"),
+        ("steps: [flashnorm]\nfraction: 2024-13-45", "is not YAML"),
+        ("steps: [flashnorm]\nsteps: [rmsnorm]", "the key 'steps' twice"),
+        ("steps: [flashnorm]\n? [a, b]\n: c", "is not YAML|the key"),
+        ("steps: [flashnorm]\n12: 3", "the key 12"),
         ("!!python/object/apply:os.system ['true']", "is not YAML"),
     ],
 )
@@ -54,6 +59,12 @@ def test_a_recipe_that_is_missing(tmp_path: Path) -> None:
     with nothing_written(tmp_path):
         result = run_here("run", "no.yaml", "--model", "llama", cwd=tmp_path)
     result.assert_refused("no.yaml", "cannot be read")
+
+
+def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(RecipeError, match="is no file"):
+        read_recipe(tmp_path / "pipe.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from normconvert import __version__
+from normconvert.cli.conversion import run_conversion
 from normconvert.cli.options import (
     Branch,
     ComputeDtype,
@@ -38,7 +39,7 @@ from normconvert.cli.options import (
 from normconvert.errors import NormconvertError
 
 if TYPE_CHECKING:
-    from normconvert.api import Rewrite
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,7 +70,7 @@ def flashnorm(
 
     This is FlashNorm, arXiv 2407.09577.
     """
-    _convert(
+    run_conversion(
         model,
         output,
         ("flashnorm",),
@@ -109,7 +110,7 @@ def rmsnorm(
 
     This is Pre-RMSNorm, arXiv 2305.14858.
     """
-    _convert(
+    run_conversion(
         model,
         output,
         ("rmsnorm",),
@@ -148,7 +149,7 @@ def crmsnorm(
 
     This is Pre-CRMSNorm, arXiv 2305.14858.
     """
-    _convert(
+    run_conversion(
         model,
         output,
         ("crmsnorm",),
@@ -189,7 +190,7 @@ def prmsnorm(
 
     This is pRMSNorm, arXiv 1910.07467. The report says how far the model moves.
     """
-    _convert(
+    run_conversion(
         model,
         output,
         ("prmsnorm",),
@@ -228,7 +229,7 @@ def run(
     from normconvert.recipe import read_recipe
 
     found = read_recipe(recipe)
-    _convert(
+    run_conversion(
         model,
         output,
         found.steps,
@@ -245,41 +246,6 @@ def run(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
-
-
-def _convert(
-    model: str,
-    output: Path | None,
-    rewrites: tuple[Rewrite, ...],
-    *,
-    push: str | None,
-    returns: list[str] | None,
-    as_json: bool,
-    **options: Any,
-) -> NoReturn:
-    from normconvert.api import convert
-    from normconvert.cli.progress import progress
-    from normconvert.cli.show import show_conversion, show_json
-
-    if push is not None and not options["verify"]:
-        raise NormconvertError("--push needs the verification; leave out --no-verify.")
-    with progress(hidden=as_json) as listen:
-        kept = tuple(returns or ())
-        report = convert(model, output, rewrites, returns=kept, listen=listen, **options)
-    if not as_json:
-        show_conversion(report)
-    url = _push(report.output, push) if push is not None and report.output is not None else None
-    if as_json:
-        show_json(report.to_json() | ({"pushed": url} if url else {}))
-    elif url:
-        typer.echo(f"Pushed: {url}")
-    raise typer.Exit(1 if report.status == "rejected" else 0)
-
-
-def _push(folder: str, repo_id: str) -> str:
-    from normconvert.push import push as publish
-
-    return publish(folder, repo_id)
 
 
 @app.command()

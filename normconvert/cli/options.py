@@ -34,7 +34,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan, print, write noth
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
 Tied = Annotated[
     Literal["keep", "untie"],
@@ -66,11 +66,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JsonFile = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--json", help="Write the report here; - for stdout.", show_default=False),
+    typer.Option(
+        "--json",
+        help="Write the report here; - for stdout.",
+        dir_okay=False,
+        allow_dash=True,
+        show_default=False,
+    ),
 ]
 HtmlFile = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--report", help="Write the report here as one HTML page.", show_default=False),
+    typer.Option(
+        "--report",
+        help="Write the report here as one HTML page.",
+        dir_okay=False,
+        show_default=False,
+    ),
 ]
 TextFile = Annotated[
     Optional[Path],  # noqa: UP045

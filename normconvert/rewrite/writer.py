@@ -113,6 +113,10 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
         for name in names:
             path = Path(root, name)
             relative = path.relative_to(checkpoint.folder)
+            if path.is_symlink() and not path.exists():
+                raise RewriteError(
+                    f"{path} links to a file that is not there; download it again, or remove it."
+                )
             if str(relative) in rewritten or not path.is_file():
                 continue
             shutil.copyfile(path, folder / relative)

@@ -142,9 +142,13 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _check_shard_name(folder: Path, name: str) -> None:
-    if name in ("", ".", "..") or os.path.basename(name) != name or set(name) & {"\\", "\0"}:
+    simple = (
+        os.path.basename(name) == name and len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
+    )
+    if name in ("", ".", "..") or not simple or set(name) & {"\\", "\0"}:
+        shown = name if len(name) <= _LONGEST_NAME else f"{name[:40]}..."
         raise SourceError(
-            f"{folder / INDEX_FILE} names {name!r}, which is not a file beside it; "
+            f"{folder / INDEX_FILE} names {shown!r}, which is not a file beside it; "
             "normconvert reads nothing outside the checkpoint's folder."
         )
     if not (folder / name).is_file():
@@ -152,6 +156,9 @@ def _check_shard_name(folder: Path, name: str) -> None:
             f"The shard {name} is missing from {folder}, although {INDEX_FILE} names it; "
             "download it."
         )
+
+
+_LONGEST_NAME = 255  # bytes, on every common file system
 
 
 def _check_index(folder: Path, shards: tuple[Shard, ...]) -> None:

@@ -33,8 +33,11 @@ def local_path(model: str | Path) -> Path:
     """The path `model`, with ~ for a home folder.
 
     Raises:
-        SourceError: it names the home of a user that does not exist, or links lead in a circle.
+        SourceError: it is empty, it names the home of a user that does not exist, or links lead in
+            a circle.
     """
+    if not str(model):
+        raise SourceError("MODEL is empty; give a local folder or a Hub id.")
     try:
         path = Path(model).expanduser()
         path.resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._pytree import keystr, tree_leaves_with_path
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Call, Graph, Norm, Tie
 from normconvert.model_class import auto_classes, resolve
-from normconvert.model_inputs import towers, trace_inputs
+from normconvert.model_inputs import optional_inputs, towers, trace_inputs
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
 from normconvert.trace.loading import build, load, open_biases
@@ -25,9 +26,7 @@ from normconvert.trace.recognise import Formula, recognise
 from normconvert.trace.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from transformers import PreTrainedModel
+    from collections.abc import Callable, Iterator
 
     from normconvert.source import Checkpoint
 
@@ -43,7 +42,7 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
 
     If it reads text, its towers for images and the like are run as well, each on its own; one that
     cannot be is left out, with all others, and so are their norms. If the pass leaves parameters
-    unread, it is run once more with inputs that the model can do without.
+    unread, it is run once more with inputs that the model, or a part of it, can do without.
 
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
@@ -171,11 +170,12 @@ def _run(
     """One forward pass, recorded: the name and the value of all that it returns."""
     try:
         with torch.device(model.device):
-            inputs = trace_inputs(model, BATCH, LENGTH, optional=optional)
+            inputs = trace_inputs(model, BATCH, LENGTH)
         for name, given in inputs.items():
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
-        with forgetting(model), readable_numbers(), calls, recorder:
+        more = _handing_in(model) if optional else nullcontext()
+        with forgetting(model), readable_numbers(), more, calls, recorder:
             output = model(**inputs, **options)
     except Exception as error:  # the model's own code may raise anything
         raise TraceError(
@@ -198,6 +198,28 @@ _SEEN_THROUGH = (bool, int, float, str, type(None), Cache)  # no tensors, or onl
 
 
 _TIE_KEY = "tie_word_embeddings"
+
+
+@contextmanager
+def _handing_in(model: PreTrainedModel) -> Iterator[None]:
+    """While active, every model within `model` gets the inputs that it can do without."""
+    handles = []
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            with torch.device(model.device):
+                more = optional_inputs(part, BATCH, LENGTH)
+            hand_in = partial(_hand_in, more)
+            handles.append(part.register_forward_pre_hook(hand_in, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hand_in(more: dict[str, Any], _: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    return args, {**kwargs, **more, **given}
 
 
 class _NormCalls:

@@ -25,6 +25,8 @@ from normconvert.verify.noise import perturbed
 from normconvert.verify.tokens import input_sets, tower_inputs
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from normconvert.source import Checkpoint
 
 _FLOOR_RUNS, _MOST_FLOOR_RUNS = 3, 12
@@ -65,7 +67,7 @@ def compare(
     compute = choose_dtype(original, dtype)
     with _Runner(compute, returns, trust_remote_code, listen) as run:
         model = run.load(original)
-        sets, notes = input_sets(model, original, text, trust_remote_code)
+        sets, notes = input_sets(model, original, text, trust_remote_code, other=converted)
         reference, reference_states = run.outputs(model, sets)
         generates = "AutoModelForCausalLM" in auto_classes(type(model), model.config)
         before, shapes = _digests(model), _shapes(model)
@@ -120,8 +122,17 @@ def compare(
         algebra=algebra,
         layers=layers,
         parts_at=None if equivalent else next(apart, None),
-        notes=notes,
+        notes=(*notes, *([] if certificate else _config_notes(original.config, converted.config))),
     )
+
+
+def _config_notes(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
+    """What two configurations do not have in common may matter on input that was not read."""
+    keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+    keys = [key for key in keys if key not in ("transformers_version", "dtype", "torch_dtype")]
+    if not keys:
+        return ()
+    return (f"Their configurations differ in {', '.join(keys)}.",)
 
 
 class _Runner:

@@ -6,6 +6,7 @@ from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
@@ -19,6 +20,7 @@ from normconvert.model_inputs import (
     towers,
 )
 from normconvert.precision import computing_in
+from normconvert.verify.stored import Stored
 
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint
@@ -27,9 +29,16 @@ SEQUENCES, LENGTH = 2, 128
 
 
 def input_sets(
-    model: Any, checkpoint: Checkpoint, text: str | None, trust_remote_code: bool
+    model: Any,
+    checkpoint: Checkpoint,
+    text: str | None,
+    trust_remote_code: bool,
+    *,
+    other: Checkpoint | None = None,
 ) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    """Named inputs for `model`, and notes on what could not be had.
+    """Named inputs for `model`, of `checkpoint`, and notes on what could not be had.
+
+    If the checkpoint `other` embeds some tokens in another way, and not all, these are among them.
 
     Raises:
         TraceError: the model takes an input that is not known.
@@ -45,8 +54,43 @@ def input_sets(
         sets = {_NAMES[main]: plain_inputs(model, drawn, random)}
     else:
         tokens, notes = _token_sets(checkpoint, text, vocabulary, random, trust_remote_code)
+        if other is not None:
+            tokens |= _differing_tokens(model, checkpoint, other, length, generator)
         sets = {name: plain_inputs(model, ids, ids) for name, ids in tokens.items()}
     return sets | _optional_sets(model, length, generator, [*sets.values()][-1]), notes
+
+
+def _differing_tokens(
+    model: Any, one: Checkpoint, other: Checkpoint, length: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Tokens of the rows, not all of them, in which the input embeddings differ on disk."""
+    embeddings = model.get_input_embeddings()
+    names = (name for name, part in model.named_modules() if part is embeddings)
+    name = f"{next(names, None)}.weight"
+    known, found = one.tensors.get(name), other.tensors.get(name)
+    if known is None or found is None or (known.shape, known.dtype) != (found.shape, found.dtype):
+        return {}
+    rows = known.shape[0]
+    width = known.nbytes // rows
+    different = torch.zeros(rows, dtype=torch.bool)
+    with Stored(one) as before, Stored(other) as after:
+        for start in range(0, rows, _ROWS):
+            stop = min(start + _ROWS, rows)
+            a, b = (
+                np.frombuffer(each.bytes(name, start * width, stop * width), np.uint8)
+                for each in (before, after)
+            )
+            unlike = (a != b).reshape(stop - start, width).any(1)
+            different[start:stop] = torch.from_numpy(unlike)
+    ids = different.nonzero().flatten()
+    if len(ids) in (0, rows):
+        return {}
+    chosen = ids[torch.randperm(len(ids), generator=generator)][: SEQUENCES * length]
+    filled = chosen.repeat(SEQUENCES * length)[: SEQUENCES * length]
+    return {"differing tokens": filled.reshape(SEQUENCES, length)}
+
+
+_ROWS = 4096  # of an embedding, read at once
 
 
 def _optional_sets(
