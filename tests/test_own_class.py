@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import normconvert
 import zoo
@@ -41,6 +42,23 @@ class OwnForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     def __init__(self, config: OwnConfig) -> None:
         super().__init__(config)
         self.model.norm = OwnNorm(config.hidden_size)
+
+
+class OwnMLP(LlamaMLP):  # type: ignore[misc]
+    """Adds its input again, but only for a single token: no pass over a text shows that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(x)
+        return output + x if x.shape[1] == 1 else output
+
+
+class OwnStepForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = OwnMLP(config)
 
 
 @pytest.fixture
@@ -75,6 +93,15 @@ def test_a_class_of_the_users_package(own: Path, tmp_path: Path) -> None:
     assert manifest["source"]["model_class"] == f"{__name__}.OwnForCausalLM"
     with pytest.raises(normconvert.PlanError, match="OwnForCausalLM is your own class"):
         normconvert.convert(own, tmp_path / "native", format="native", **options)
+
+
+def test_a_step_that_is_not_like_a_pass(own: Path, tmp_path: Path) -> None:
+    conversion = normconvert.convert(own, tmp_path / "output", model_class=OwnStepForCausalLM)
+    assert conversion.status == "rejected"
+    assert conversion.verification is not None
+    found = {each.tokens: each.equivalent for each in conversion.verification.comparisons}
+    assert found == {"random": True, "token by token": False}
+    assert not (tmp_path / "output").exists()
 
 
 def test_code_that_cannot_be_imported(own: Path, tmp_path: Path) -> None:

@@ -217,6 +217,18 @@ def test_no_layer_norm_is_left(name: str, rewrite: Rewrite) -> None:
     assert not any(isinstance(module, nn.LayerNorm) for module in model.modules())
 
 
+@every_rewrite
+def test_a_mask_token_trains_alike(rewrite: Rewrite) -> None:
+    model = original("dinov2")
+    mask = torch.rand(3, model.dinov2.embeddings.patch_embeddings.num_patches) < 0.5
+    images = batch(model, seed=0)["pixel_values"]
+    found = []
+    for each in (model, rewrite(original("dinov2"))):
+        each.dinov2(images, bool_masked_pos=mask).last_hidden_state.square().sum().backward()
+        found.append(gradients(each)["dinov2.embeddings.mask_token"])
+    assert relative(*found) < 1e-12
+
+
 def test_without_centering_it_differs() -> None:
     model = as_rmsnorm(original("vit"))
     for name in parametrized(model):

@@ -98,6 +98,7 @@ def _algebra(report: Equivalence) -> str:
 
 def _comparisons(comparisons: Sequence[Comparison]) -> str:
     rows = (
+        ("positions", [f"{each.positions:,}" for each in comparisons]),
         ("largest difference", [f"{each.max:.2e}" for each in comparisons]),
         ("noise floor", [f"{each.floor_max:.2e}" for each in comparisons]),
         ("RMS difference", [f"{each.rms:.2e}" for each in comparisons]),
@@ -105,7 +106,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> str:
         ("KL divergence", [f"{each.kl:.2e}" for each in comparisons]),
         ("same top token", [f"{each.top1:.2%}" for each in comparisons]),
     )
-    head = "".join(f"<th>{escape(c.tokens)}, {c.positions} positions</th>" for c in comparisons)
+    head = "".join(f"<th>{escape(each.tokens)}</th>" for each in comparisons)
     body = "".join(
         f"<tr><th>{name}</th>"
         + "".join(f"<td class='number'>{cell}</td>" for cell in cells)

@@ -200,8 +200,9 @@ def show_equivalence(report: Equivalence) -> None:
     table = Table(title=f"Logits, computed in {report.dtype}", title_justify="left")
     table.add_column("")
     for comparison in report.comparisons:
-        table.add_column(f"{comparison.tokens}, {comparison.positions} positions", justify="right")
+        table.add_column(comparison.tokens, justify="right")
     rows: tuple[tuple[str, Callable[[Comparison], str]], ...] = (
+        ("positions", lambda c: f"{c.positions:,}"),
         ("largest difference", lambda c: f"{c.max:.2e}"),
         ("  noise floor", lambda c: f"{c.floor_max:.2e}"),
         ("RMS difference", lambda c: f"{c.rms:.2e}"),

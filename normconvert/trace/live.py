@@ -49,6 +49,8 @@ def _trace(
     change: Callable[[PreTrainedModel], object] | None,
     training: bool,
     recorder: Recorder,
+    *,
+    optional: bool = False,
 ) -> Graph:
     fake = fake_tensors()
     with quiet(), torch.no_grad():
@@ -61,7 +63,7 @@ def _trace(
                 change(twin)
             named = tuple(twin.named_parameters())
             leaves = tuple((name, recorder.new_value(parameter)) for name, parameter in named)
-            return record(twin, recorder, leaves, ())
+            return record(twin, recorder, leaves, (), optional=optional)
 
 
 def _make_plain(model: PreTrainedModel) -> None:

@@ -51,24 +51,28 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
         model_class, config = resolve(checkpoint, trust_remote_code)
     run = partial(_trace, checkpoint, model_class, config)
     try:
-        graph = recorded(run)
+        return recorded(run)
     except _TowerError:
-        run = partial(run, with_towers=False)
-        graph = recorded(run)
-    if not graph.unread_parameters:
-        return graph
-    try:
-        wider = recorded(partial(run, optional=True))
-    except TraceError:  # it takes no such inputs after all
-        return graph
-    return min(graph, wider, key=lambda each: len(each.unread_parameters))
+        return recorded(partial(run, with_towers=False))
 
 
 class _TowerError(TraceError):
     """A tower cannot be run on its own."""
 
 
-def recorded(run: Callable[[Recorder], Graph]) -> Graph:
+def recorded(run: Callable[..., Graph]) -> Graph:
+    """The graph of `run`, or of `run` with `optional=True` if more parameters are read there."""
+    graph = _recorded(run)
+    if not graph.unread_parameters:
+        return graph
+    try:
+        wider = _recorded(partial(run, optional=True))
+    except TraceError:  # it takes no such inputs after all
+        return graph
+    return min(graph, wider, key=lambda each: len(each.unread_parameters))
+
+
+def _recorded(run: Callable[[Recorder], Graph]) -> Graph:
     """What `run` makes with a recorder; with one that makes up what a search finds, if need be."""
     try:
         return run(Recorder())

@@ -19,6 +19,7 @@ from normconvert.model_class import auto_classes
 from normconvert.precision import computing_in
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
+from normconvert.verify.decoding import stepwise_ids, stepwise_logits
 from normconvert.verify.layers import distances, layer_states
 from normconvert.verify.loading import load_model
 from normconvert.verify.noise import perturbed
@@ -68,12 +69,13 @@ def compare(
     with _Runner(compute, returns, trust_remote_code, listen) as run:
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code, other=converted)
-        reference, reference_states = run.outputs(model, sets)
         generates = "AutoModelForCausalLM" in auto_classes(type(model), model.config)
+        steps = stepwise_ids(model, [*sets.values()][-1])
+        reference, reference_states = run.outputs(model, sets, steps)
         before, shapes = _digests(model), _shapes(model)
         del model
         model = run.load(converted)
-        candidate, states = run.outputs(model, sets)
+        candidate, states = run.outputs(model, sets, steps)
         _refuse_other_shapes(reference, candidate)
         after = _digests(model)
         resized = any(shapes.get(name, shape) != shape for name, shape in _shapes(model).items())
@@ -88,7 +90,7 @@ def compare(
             model = run.load(converted if resized else original)
             moving = _differing(after, before) if resized else differing
             _perturb(model, moving, original, converted, seed)
-            moved, moved_states = run.outputs(model, sets)
+            moved, moved_states = run.outputs(model, sets, steps)
             floors.append(_distances(candidate if resized else reference, moved))
             base = states if resized else reference_states
             layer_floors.append(distances(base, moved_states, centered))
@@ -161,10 +163,13 @@ class _Runner:
     def load(self, checkpoint: Checkpoint) -> Any:
         return load_model(checkpoint, self._compute, self._trust)
 
-    def outputs(self, model: Any, sets: dict[str, dict[str, Any]]) -> _Outputs:
+    def outputs(
+        self, model: Any, sets: dict[str, dict[str, Any]], steps: torch.Tensor | None
+    ) -> _Outputs:
         """What `model` computes of every set of inputs, each [positions, features].
 
-        And what its layers return on the way, one tensor for each of their calls.
+        And of the tokens `steps`, one at a time. And what its layers return on the way, one tensor
+        for each of their calls.
         """
         exact = computing_in(self._compute)
         found: dict[str, torch.Tensor] = {}
@@ -174,6 +179,8 @@ class _Runner:
                     found |= _named_outputs(name, model(**inputs), self._returns)
                 for path, (tower, inputs) in tower_inputs(model).items():
                     found |= _named_outputs(path, tower(**inputs), ())
+                if steps is not None:
+                    found["token by token"] = stepwise_logits(model, steps)
         except Exception as error:  # the model's own code may raise anything
             raise VerificationError(
                 f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}."

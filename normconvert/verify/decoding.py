@@ -1,0 +1,65 @@
+"""Token by token: with a cache, and on one token, a model runs other code than on a whole text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+
+from normconvert.precision import computing_in
+
+PROMPT, STEPS = 12, 4
+
+
+class _Forced(LogitsProcessor):  # type: ignore[misc]  # transformers imports it lazily
+    """Leaves only the next token of `ids`, [sequences, length], to choose."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._ids = ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        return forced.scatter(1, self._ids[:, input_ids.shape[1], None], 0.0)
+
+
+def stepwise_ids(model: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """The tokens to take such steps on, [sequences, PROMPT + STEPS]; None if the model takes none.
+
+    They are the first of its plain `inputs`, if these are tokens, and enough.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or ids.shape[1] < PROMPT + STEPS or not model.can_generate():
+        return None
+    chosen: torch.Tensor = ids[:, : PROMPT + STEPS]
+    try:
+        with torch.no_grad(), computing_in(model.dtype):
+            stepwise_logits(model, chosen)
+    except Exception:  # a model's own code may raise anything, and need not generate by itself
+        return None
+    return chosen
+
+
+def stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The logits after the first tokens of `ids`, of one more at a time, [positions, vocabulary].
+
+    As in generation, but for the choice of the tokens: two models are to be compared on the same.
+    """
+    config = GenerationConfig(
+        max_new_tokens=STEPS,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+        pad_token_id=0,
+    )
+    config.eos_token_id = None
+    prompt = ids[:, :PROMPT]
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=config,
+        logits_processor=[_Forced(ids)],
+    )
+    return torch.cat(output.logits)
