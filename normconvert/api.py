@@ -15,6 +15,8 @@ from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence,
 from normconvert.source import Checkpoint, local_path, open_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
     from normconvert.ir.graph import Graph
@@ -113,14 +115,12 @@ def convert(
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
-    if verify:
-        from normconvert.verify import certify, choose_dtype, compare
-
-        choose_dtype(checkpoint, None)  # to refuse before the work, not after it
     with stage(place, force=force) as staged:
         write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
         verification = None
         if verify:
+            from normconvert.verify import certify, compare
+
             written = replace(_open(staged.path, None, model_class), model=str(place))
             verification = compare(
                 checkpoint,
@@ -154,6 +154,8 @@ def verify_equivalence(
     text: str | None = None,
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None,
     returns: tuple[str, ...] = (),
+    device_map: str | Mapping[str, str] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -167,13 +169,16 @@ def verify_equivalence(
     `dtype` is the dtype to compute in; by default the next wider one than the weights', in
     which the rounding of the arithmetic does not hide that of the weights. `returns` names the
     outputs to compare; by default the logits, or without a head the last hidden states.
-    `model_class` as in `convert`, for both.
+    `device_map` (or a device, such as "cuda:0") and `max_memory` are those of `from_pretrained`,
+    for the logits; by default these are computed on the CPU, and of a model that does not fit into
+    memory, the weights are read from disk while it runs. `model_class` as in `convert`, for both.
 
     Raises:
         NormconvertError: one of them cannot be read or run.
     """
-    from normconvert.verify import compare
+    from normconvert.verify import compare, place
 
+    placement = place(device_map, max_memory)
     pair = _open(original, None, model_class), _open(converted, None, model_class)
     certificate, algebra, centered, notes = _proof(*pair, trust_remote_code, listen)
     report = compare(
@@ -186,6 +191,7 @@ def verify_equivalence(
         centered=centered,
         trust_remote_code=trust_remote_code,
         listen=listen,
+        placement=placement,
     )
     return replace(report, notes=(*report.notes, *notes))
 

@@ -12,18 +12,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_LOGGERS = ("torch._subclasses.fake_tensor", "accelerate.big_modeling")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, transformers shows errors only, and torch not those that a trace raises anyway."""
-    fake_tensors = standard.getLogger("torch._subclasses.fake_tensor")
-    disabled, fake_tensors.disabled = fake_tensors.disabled, True
+    """Inside, transformers shows errors only, and torch not those that a trace raises anyway.
+
+    And accelerate does not tell that weights are on disk, where they were put.
+    """
+    loggers = [standard.getLogger(name) for name in _LOGGERS]
+    disabled = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        fake_tensors.disabled = disabled
+        for logger, before in zip(loggers, disabled, strict=True):
+            logger.disabled = before
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()

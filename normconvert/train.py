@@ -43,9 +43,11 @@ elsewhere (attention probabilities), LayerDrop and stochastic depth are not touc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, TypeVar, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -60,8 +62,15 @@ from normconvert.ir.expression import (
     Tensor,
     tensors,
 )
-from normconvert.ir.native import Native, starred
-from normconvert.nn.modeling_normconvert import change_modules, set_sizes
+from normconvert.ir.native import Native, native_config, starred
+from normconvert.model_class import auto_classes
+from normconvert.nn.modeling_normconvert import (
+    MODEL_TYPE,
+    change_modules,
+    converted_config_class,
+    model_class,
+    set_sizes,
+)
 from normconvert.rules.crmsnorm import crmsnorm
 from normconvert.rules.draft import Draft, Request
 from normconvert.rules.rmsnorm import rmsnorm
@@ -108,9 +117,11 @@ def finish(model: Model) -> Model:
 
     The function is the same; the changed weights are new parameters, which no optimizer knows.
     The weights of `as_rmsnorm` are exact in the original class too: what `save_pretrained` writes
-    loads as that.
+    loads as that. Those of `as_crmsnorm` have d - 1 coordinates: a model of transformers' own
+    becomes one of the native format, which `save_pretrained` writes with its code.
     """
     baked: dict[nn.Parameter, nn.Parameter] = {}
+    resized: set[nn.Parameter] = set()
     for module in list(model.modules()):
         for name, chain in _parametrizations(module):
             original = cast("nn.Parameter", chain.original)
@@ -118,9 +129,31 @@ def finish(model: Model) -> Model:
                 with torch.no_grad():
                     value = getattr(module, name).clone()
                 baked[original] = nn.Parameter(value, original.requires_grad)
+                if value.shape != original.shape:
+                    resized.add(baked[original])
             parametrize.remove_parametrizations(module, name, leave_parametrized=False)
             setattr(module, name, baked[original])
+    if resized and getattr(transformers, type(model).__name__, None) is type(model):
+        _make_native(model, resized)
     return model
+
+
+def _make_native(model: PreTrainedModel, resized: set[nn.Parameter]) -> None:
+    """Make the class and the configuration of `model` those of its native checkpoint."""
+    named = model.named_parameters(remove_duplicate=False)
+    native = replace(
+        cast("Native", model._normconvert),
+        rules=("rmsnorm", "crmsnorm"),
+        auto_classes=auto_classes(type(model), model.config),
+        shapes=tuple((name, tuple(each.shape)) for name, each in named if each in resized),
+    )
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    found = native_config(config.to_dict(), native)
+    stock: Any = type(config)
+    config.__class__ = converted_config_class(stock)
+    config.auto_map, config.normconvert = found["auto_map"], found[MODEL_TYPE]
+    model.__class__ = model_class(config)
 
 
 def _parametrizations(module: nn.Module) -> list[tuple[str, parametrize.ParametrizationList]]:
@@ -226,6 +259,7 @@ def _replace_norms(
         full_width=draft.full_width,
     )
     change_modules(model, changes.to_json())
+    cast("Any", model)._normconvert = changes  # for `finish`
     after: dict[nn.Module, nn.Module] = {}
     for name, module in before.items():
         norm, new = graph.norms_by_module[name], model.get_submodule(name)

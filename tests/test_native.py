@@ -399,6 +399,15 @@ def test_offloaded_to_disk(case: Case, layers: str, pairs: Pairs, tmp_path: Path
     assert_same(logits(model), logits(load(pair.source)))
 
 
+@pytest.mark.parametrize("case", [GPT2_CRMS, NEOX, LLAMA, MIXTRAL], ids=str)
+def test_all_on_disk(case: Case, pairs: Pairs, tmp_path: Path) -> None:
+    """Norms lend their weights to hooks: these have to read them as a call does."""
+    pair = pairs(case)
+    model = load(pair.output, device_map={"": "disk"}, offload_folder=tmp_path)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert_same(logits(model), logits(load(pair.source)))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("case", [GPT2_RMS, GPT2_CRMS, LLAMA], ids=str)
 def test_other_dtypes(case: Case, dtype: str, pairs: Pairs) -> None:
@@ -586,6 +595,15 @@ def test_more_tokens(pairs: Pairs) -> None:
     model = load(pair.output)
     model.resize_token_embeddings(300, mean_resizing=False)
     assert_same(logits(model)[..., :257], logits(load(pair.source)))
+
+
+def test_more_tokens_are_saved(pairs: Pairs, tmp_path: Path) -> None:
+    pair = pairs(NEOX)
+    model = load(pair.output)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 3, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    assert_same(logits(load(tmp_path))[..., :size], logits(load(pair.source)))
 
 
 # --- copies, other forms ---------------------------------------------------------------------

@@ -350,6 +350,18 @@ def test_finished_weights_are_exact_in_the_original_class(tmp_path: Path) -> Non
         assert relative(outputs(stock), outputs(original(name))) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["gpt2", "vit", "dinov2"])
+def test_finished_crmsnorm_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    model = finish(as_crmsnorm(original(name))).eval()
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
+    assert relative(outputs(again.eval()), expected) < 1e-12
+    assert relative(expected, outputs(original(name).eval())) < 1e-12
+    auto = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert auto.model_type == original(name).config.model_type
+
+
 @every_rewrite
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_narrow_dtypes(rewrite: Rewrite, dtype: torch.dtype) -> None:

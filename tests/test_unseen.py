@@ -1,6 +1,6 @@
-"""What else than a plain input writes to the stream: other inputs, which the trace may not use.
+"""What does not run on a plain input: it may write to a residual stream, and it may read a norm.
 
-A centered model must compute the same on them, or it must not be made.
+A converted model must compute the same with it, or it must not be made.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import normconvert
 import zoo
 from normconvert.precision import float64
 from normconvert.source import open_checkpoint
+from normconvert.trace import trace
 from normconvert.verify.loading import load_model
 
 EXACT = 1e-12
@@ -155,3 +157,126 @@ def test_a_way_around_the_recentering_is_closed(tmp_path: Path) -> None:
     model = load_model(checkpoint, torch.float64, trust_remote_code=False)
     with pytest.raises(ValueError, match="takes no other input than inputs_embeds"):
         model.model.language_model(input_ids=_tokens([]))
+
+
+# --- what may read a norm, and did not run
+
+
+def _ernie() -> transformers.PreTrainedModel:
+    return transformers.Ernie4_5_VLMoeForConditionalGeneration(
+        transformers.Ernie4_5_VLMoeConfig(
+            text_config={
+                "vocab_size": 101, "hidden_size": 48, "intermediate_size": 64,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "moe_intermediate_size": [24, 20], "moe_k": 2, "moe_num_experts": 4,
+                "moe_num_shared_experts": 1, "mlp_layer_types": ["dense", "sparse"],
+                "max_position_embeddings": 64, "pad_token_id": 0,
+                "rope_parameters": {
+                    "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]
+                },
+            },
+            vision_config={
+                "depth": 1, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2,
+                "patch_size": 4,
+            },
+            tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def _janus() -> transformers.PreTrainedModel:
+    return transformers.JanusForConditionalGeneration(
+        transformers.JanusConfig(
+            text_config={
+                "vocab_size": 101, "hidden_size": 48, "intermediate_size": 64,
+                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            },
+            vision_config={
+                "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "depth": 2,
+                "image_size": 16, "patch_size": 8, "projection_dim": 48, "mlp_ratio": 2.0,
+            },
+            vq_config={
+                "embed_dim": 8, "num_embeddings": 20, "num_patches": 2, "projection_dim": 48,
+                "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1,
+                "image_token_embed_dim": 48, "in_channels": 3, "double_latent": False,
+                "z_channels": 32, "latent_channels": 32,
+            },
+            image_token_id=5, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def verdicts(folder: Path) -> dict[str, str]:
+    """Module of a norm -> the verdict on it, and the reason if it stays."""
+    plan = normconvert.inspect(folder).plan
+    return {v.norm: v.reason if v.action == "keep" else v.action for v in plan.verdicts}
+
+
+def test_experts_for_another_modality(tmp_path: Path) -> None:
+    source = save(_ernie, tmp_path / "source")
+    normconvert.convert(source, tmp_path / "output", verify=False)
+    layer = "model.language_model.layers.1"
+    found = verdicts(source)
+    assert found[f"{layer}.post_attention_layernorm"].startswith(f"{layer}.mlp.vision_moe.")
+    assert list(found.values()).count("fold") == 3
+    ids = _tokens([])
+    kinds = torch.zeros_like(ids)
+    kinds[:, 3:6] = 1
+    inputs = {"input_ids": ids, "moe_mm_token_type_ids": kinds}
+    before, after = outputs(source, inputs), outputs(tmp_path / "output", inputs)
+    assert (before - outputs(source, {"input_ids": ids})).abs().max() > 0.01 * before.abs().max()
+    assert (after - before).abs().max() <= EXACT * before.abs().max()
+
+
+def test_a_head_for_images(tmp_path: Path) -> None:
+    """The outer model gets the norm's output back from the inner one."""
+    source = save(_janus, tmp_path / "source")
+    found = verdicts(source)
+    reason = found.pop("model.language_model.norm")
+    assert reason.endswith(", which was not read in the trace, may read it")
+    assert set(found.values()) == {"fold"}
+    normconvert.convert(source, tmp_path / "output", verify=False)
+    images = []
+    for folder in (source, tmp_path / "output"):
+        model = load_model(open_checkpoint(str(folder)), torch.float64, trust_remote_code=False)
+        with torch.no_grad(), float64():
+            states = model.model(input_ids=_tokens([])).last_hidden_state
+            images.append(model.model.generation_head(states))
+    assert (images[1] - images[0]).abs().max() <= EXACT * images[0].abs().max()
+
+
+def test_the_way_of_an_image_is_known(tmp_path: Path) -> None:
+    """A projector as wide as the norm, but its place is in front of the model."""
+    found = verdicts(save(_llava, tmp_path / "source"))
+    assert found["model.language_model.final_layernorm"] == "fold"
+    assert (
+        "model.multi_modal_projector.linear_2.weight"
+        in trace(open_checkpoint(str(tmp_path / "source"))).for_images
+    )
+
+
+class _OnOneToken(LlamaMLP):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.side = torch.nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(x)
+        return output + self.side(torch.cat([x, x], -1)) if x.shape[1] == 1 else output
+
+
+class OnOneTokenForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].mlp = _OnOneToken(config)
+
+
+def test_a_weight_for_single_tokens(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
+    source = save(lambda: OnOneTokenForCausalLM(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=OnOneTokenForCausalLM).plan
+    kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
+    assert kept == {
+        "model.layers.1.post_attention_layernorm": "model.layers.1.mlp.side.weight, which was not "
+        "read in the trace, may read it"
+    }

@@ -14,6 +14,8 @@ from normconvert.cli.options import (
     ComputeDtype,
     CreatePr,
     Debug,
+    Device,
+    DeviceMap,
     DryRun,
     Dtype,
     Force,
@@ -21,6 +23,7 @@ from normconvert.cli.options import (
     HtmlFile,
     Json,
     JsonFile,
+    MaxMemory,
     Message,
     Model,
     NoVerify,
@@ -283,15 +286,20 @@ def verify_equivalence(
     html: HtmlFile = None,
     text: TextFile = None,
     dtype: ComputeDtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    max_memory: MaxMemory = None,
     returns: Returns = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Compare the logits of two checkpoints. Exit status 0: equivalent, 1: not."""
+    """Prove a conversion, or compare any two checkpoints. Exit status 0: equivalent, 1: not."""
     from normconvert.api import verify_equivalence as verify
     from normconvert.cli.progress import progress
     from normconvert.cli.show import show_equivalence, show_json, to_text
 
+    if device and device_map:
+        raise typer.BadParameter("give --device or --device-map, not both")
     to_stdout = str(json_file) == "-"
     with progress(hidden=to_stdout) as listen:
         report = verify(
@@ -299,6 +307,8 @@ def verify_equivalence(
             converted,
             text=None if text is None else _read(text),
             dtype=dtype,
+            device_map=device or device_map,
+            max_memory=_limits(max_memory or []),
             returns=tuple(returns or ()),
             trust_remote_code=trust_remote_code,
             listen=listen,
@@ -364,3 +374,14 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise NormconvertError(f"{path} is not UTF-8 text; give --text another file.") from error
+
+
+def _limits(given: list[str]) -> dict[int | str, int | str]:
+    """Device -> how much it may hold, of arguments such as cpu=8GiB."""
+    limits: dict[int | str, int | str] = {}
+    for each in given:
+        device, equals, size = each.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--max-memory {each}: write DEVICE=SIZE, such as cpu=8GiB")
+        limits[int(device) if device.isdigit() else device] = size
+    return limits

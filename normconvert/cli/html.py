@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from normconvert.ir.report import Comparison, Equivalence, Layer
+from normconvert.ir.report import Comparison, Equivalence, Generation, Layer
 
 _STYLE = """
 :root { color-scheme: light dark; --good: #1a7f37; --bad: #cf222e; --dim: #6e7781; --bar: #0969da; }
@@ -36,6 +36,7 @@ def page(report: Equivalence) -> str:
         _algebra(report),
         "<h2>Logits</h2>",
         _comparisons(report.comparisons),
+        _generation(report.generation),
         *(f"<p class='dim'>{escape(note)}</p>" for note in report.notes),
     ]
     if report.layers:
@@ -114,6 +115,21 @@ def _comparisons(comparisons: Sequence[Comparison]) -> str:
         for name, cells in rows
     )
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
+
+
+def _generation(generation: Generation | None) -> str:
+    if generation is None:
+        return ""
+    rows = "".join(
+        f"<tr><th>{name}</th><td><code class='dim'>{escape(repr(generation.prompt)[1:-1])}</code>"
+        f"<code>{escape(repr(text)[1:-1])}</code></td></tr>"
+        for name, text in (("original", generation.original), ("converted", generation.converted))
+    )
+    count = "all" if generation.same == generation.tokens else f"the first {generation.same}"
+    return (
+        f"<h2>What they write: {count} of {generation.tokens} tokens are the same</h2>"
+        f"<table>{rows}</table>"
+    )
 
 
 def _plot(layers: Sequence[Layer]) -> str:

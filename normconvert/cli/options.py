@@ -93,6 +93,21 @@ ComputeDtype = Annotated[
     Optional[Literal["float64", "float32", "bfloat16", "float16"]],  # noqa: UP045
     typer.Option(help="Compute in this dtype. Default: the next wider one than the weights'."),
 ]
+Device = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Compute on this device, such as cuda:0. Default: cpu.", show_default=False),
+]
+DeviceMap = Annotated[
+    Optional[Literal["auto", "balanced", "balanced_low_0", "sequential"]],  # noqa: UP045
+    typer.Option(help="Divide the model among devices, memory and disk.", show_default=False),
+]
+MaxMemory = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        help="How much a device may hold, such as cpu=8GiB or 0=20GiB; give it once for each.",
+        show_default=False,
+    ),
+]
 Private = Annotated[bool, typer.Option("--private", help="For you alone, if it is new.")]
 Branch = Annotated[
     Optional[str],  # noqa: UP045

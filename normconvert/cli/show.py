@@ -22,6 +22,7 @@ from normconvert.ir.report import (
     Comparison,
     Conversion,
     Equivalence,
+    Generation,
     Inspection,
 )
 
@@ -219,6 +220,8 @@ def show_equivalence(report: Equivalence) -> None:
     for name, cell in rows:
         table.add_row(name, *(cell(comparison) for comparison in report.comparisons))
     console.print(table)
+    if report.generation is not None:
+        _show_generation(console, report.generation)
     _show_notes(console, report.notes)
     verdict = "[green]Equivalent[/]" if report.equivalent else "[red]Not equivalent[/]"
     console.print(f"{verdict}: {_why(report)}", soft_wrap=True)
@@ -229,6 +232,21 @@ def show_equivalence(report: Equivalence) -> None:
             f"{layer.rms:.1e} (RMS; the noise floor is {layer.floor:.1e}).",
             soft_wrap=True,
         )
+
+
+def _show_generation(console: Console, generation: Generation) -> None:
+    prompt, original, converted = (
+        escape(repr(text))
+        for text in (generation.prompt, generation.original, generation.converted)
+    )
+    if generation.same == generation.tokens:
+        line = f"After {prompt} both write {original}."
+    else:
+        line = (
+            f"After {prompt} the original writes {original}, the converted model {converted}: the "
+            f"first {generation.same} of {generation.tokens} tokens are the same."
+        )
+    console.print(line, soft_wrap=True)
 
 
 def _show_certificate(console: Console, certificate: Certificate) -> None:

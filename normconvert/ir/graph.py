@@ -104,12 +104,14 @@ class Call:
     """One call of a module: where something can be put in front of it or behind it.
 
     `inputs` are its tensors by position or keyword, `unused` the names of those inputs that it was
-    not given; `output` is None if it returned anything but one tensor.
+    not given. `outputs` are all tensors in what it returned, `output` is None if that was anything
+    but one tensor.
     """
 
     module: str
     inputs: tuple[tuple[int | str, int], ...]
     unused: tuple[str, ...]
+    outputs: tuple[int, ...]
     output: int | None
 
 
@@ -121,6 +123,9 @@ class Graph:
     Linear without a bias to the name that a bias would have, in the model and on disk. `tie_key`
     is the key of config.json that says whether parameters are tied. `towers` are what parts of the
     model return that were run on their own: what the model makes of it is not in the graph.
+    `widths` tells how many features at once the layer of a parameter multiplies by it, where the
+    layer is of a class that says so; `for_images` are the parameters that the way from an image to
+    the text reads. `searched` says that what a search finds was made up.
     """
 
     model: str
@@ -136,6 +141,9 @@ class Graph:
     open_biases: tuple[tuple[str, str], ...]
     tie_key: str = "tie_word_embeddings"
     towers: tuple[tuple[str, int], ...] = ()
+    widths: tuple[tuple[str, int], ...] = ()
+    for_images: tuple[str, ...] = ()
+    searched: bool = False
 
     def returning(self, names: tuple[str, ...]) -> Graph:
         """The graph that only has the outputs `names`, such as pooler_output.

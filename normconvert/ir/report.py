@@ -134,13 +134,30 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What two models write after the same tokens, always the likeliest next one.
+
+    The texts are token ids where there is no tokenizer. `same` of the `tokens` are the same before
+    the first that is not.
+    """
+
+    prompt: str
+    original: str
+    converted: str
+    tokens: int
+    same: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Equivalence:
     """The verdict on two models. `dtype` is the one that the logits were computed in.
 
     `certificate` and `algebra` are None for a checkpoint that says nothing about how it was
     converted; the latter also where it was not asked for, or cannot be had (`notes` say why).
-    `layers` are in the order in which they run; `parts_at` is the first at which two models that
-    are not equivalent are further apart than the rounding of their weights explains.
+    `generation` is for a person to read, and says nothing in the verdict; None where the models
+    generate no text by themselves. `layers` are in the order in which they run; `parts_at` is the
+    first at which two models that are not equivalent are further apart than the rounding of their
+    weights explains.
     """
 
     original: str
@@ -151,6 +168,7 @@ class Equivalence:
     comparisons: tuple[Comparison, ...]
     certificate: Certificate | None
     algebra: Algebra | None
+    generation: Generation | None
     layers: tuple[Layer, ...]
     parts_at: str | None
     notes: tuple[str, ...]

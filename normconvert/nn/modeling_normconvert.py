@@ -377,7 +377,7 @@ class NormconvertConfig(PreTrainedConfig):  # type: ignore[misc]
         """The configuration, with what belongs to it registered for the Auto classes."""
         changes = config_dict[MODEL_TYPE]
         stock = CONFIG_MAPPING[changes["stock"]]
-        config_class = _config_class(stock)
+        config_class = converted_config_class(stock)
         found = config_class.from_dict(config_dict, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         for name in changes["auto_classes"]:
@@ -409,10 +409,9 @@ class _ConvertedConfig:
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        names = [PREFIX + name for name in found.get("architectures") or []]
         return {
             **found,
-            "architectures": names,
+            "architectures": [PREFIX + name for name in found.get("architectures") or []],
             "model_type": MODEL_TYPE,
             "transformers_weights": NOT_FOR_STOCK_CLASSES,
         }
@@ -441,6 +440,14 @@ class _ConvertedModel:
                 part.all_tied_weights_keys = _existing(part, part.all_tied_weights_keys)
         super().post_init()  # type: ignore[misc]
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the stock class does it; a configuration that is saved has to know the new shapes."""
+        model: Any = self
+        found: nn.Module = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        for name, shape in self.config.normconvert["shapes"].items():
+            shape[:] = model.get_parameter(name).shape
+        return found
+
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         found = super().get_expanded_tied_weights_keys(all_submodels)  # type: ignore[misc]
         return _existing(cast("nn.Module", self), found)
@@ -453,9 +460,8 @@ def _existing(model: nn.Module, tied: dict[str, str]) -> dict[str, str]:
 
 
 @cache
-def _config_class(stock: type[Any]) -> type[Any]:
-    name = PREFIX + stock.__name__
-    return type(name, (_ConvertedConfig, stock), {"__module__": __name__})
+def converted_config_class(stock: type[Any]) -> type[Any]:
+    return type(PREFIX + stock.__name__, (_ConvertedConfig, stock), {"__module__": __name__})
 
 
 @cache
@@ -477,9 +483,9 @@ if not TYPE_CHECKING:  # which a function for all names would end
         """A converted class by its name: where pickle looks for it."""
         stock = getattr(transformers, name.removeprefix(PREFIX), None)
         if isinstance(stock, type) and issubclass(stock, PreTrainedConfig):
-            return _config_class(stock)
+            return converted_config_class(stock)
         if isinstance(getattr(stock, "config_class", None), type):
-            return _model_class(stock, _config_class(stock.config_class))
+            return _model_class(stock, converted_config_class(stock.config_class))
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -492,14 +498,13 @@ def change_modules(model: nn.Module, changes: dict[str, Any]) -> None:
         model.set_submodule(spec["module"], norm)
         if isinstance(norm, _LateCRMSNorm):
             path, _, at = spec["reader"].partition(" ")
-            _alter(model.get_submodule(path), at, norm.late)
+            _alter(model.get_submodule(path), at, partial(norm, late=True))
     for name, shape in changes["shapes"].items():
         _resize(model, name, shape)
     for name in changes["biases"]:
         path, _, attribute = name.rpartition(".")
-        linear = model.get_submodule(path)
-        weight = cast("torch.Tensor", linear.weight)
-        setattr(linear, attribute, nn.Parameter(weight.new_zeros(weight.shape[0])))
+        linear: Any = model.get_submodule(path)
+        setattr(linear, attribute, nn.Parameter(linear.weight.new_zeros(linear.weight.shape[0])))
     for each in changes["full_width"]:
         module = model.get_submodule(each["module"])
         if each.get("at"):
@@ -511,15 +516,16 @@ def change_modules(model: nn.Module, changes: dict[str, Any]) -> None:
 
 
 class _LateCRMSNorm(CRMSNorm):
-    """A CRMSNorm whose output is expanded, and gets gain and bias, where it is read."""
+    """A CRMSNorm whose output is expanded, and gets gain and bias, by a `late` second call.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    In a call accelerate lends it weights that are elsewhere: [..., d - 1], late → [..., d].
+    """
+
+    def forward(self, x: torch.Tensor, late: bool = False) -> torch.Tensor:
         wide = _wide(x)
-        return _scale_rows(x, wide, self._inverse(wide))
-
-    def late(self, x: torch.Tensor) -> torch.Tensor:
-        """The full output, [..., d - 1] → [..., d]."""
-        full = expand(_wide(x))
+        if not late:
+            return _scale_rows(x, wide, self._inverse(wide))
+        full = expand(wide)
         return self._scaled(full, full, torch.ones_like(full[..., :1])).to(x.dtype)
 
 

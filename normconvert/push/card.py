@@ -104,6 +104,7 @@ def _loading(repo_id: str, native: bool) -> str:
     return (
         "```python\n"
         f'AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)\n'
+        f'AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)\n'
         "```\n\n"
         "It carries the one file of code for its norms. After `import normconvert` it loads "
         "without `trust_remote_code`."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Iterator
 
 from normconvert.ir.graph import Graph
 from normconvert.ir.native import Recentering
@@ -67,6 +68,69 @@ def unread(graph: Graph, size: int) -> tuple[str, ...]:
     """The parameters that were not read in the trace and may belong to a stream of that size."""
     known = graph.parameter_values
     return tuple(p for p in graph.unread_parameters if size in graph.values[known[p]].shape)
+
+
+def unread_beside(graph: Graph, values: Collection[int], size: int) -> str | None:
+    """A parameter that code which did not run in the trace may read `values`, of that size, with.
+
+    That is code of a module that has one of the values at hand: it made it, was given it, or got it
+    back from another module.
+    """
+    called = {call.module for call in graph.calls}
+    seeing = {_nearest(called, graph.nodes[i].module) for i in _touching(graph, values)}
+    for call in graph.calls:
+        if not set(values).isdisjoint([*call.outputs, *(value for _, value in call.inputs)]):
+            seeing.add(_caller(called, call.module))
+        if not set(values).isdisjoint(value for _, value in call.inputs):
+            seeing.add(call.module)
+    for name in _unread_readers(graph, size):
+        place = _caller(called, name)
+        # Which member of a list runs, the code says by itself unless it looks at data.
+        if place in seeing and (graph.searched or not _another_is_read(graph, place, name)):
+            return name
+    return None
+
+
+def _unread_readers(graph: Graph, size: int) -> Iterator[str]:
+    """The parameters that the trace did not read and that can multiply `size` features.
+
+    A layer may read several things side by side.
+    """
+    widths = dict(graph.widths)
+    for name, value in graph.parameters:
+        fitting = (widths[name],) if name in widths else graph.values[value].shape
+        wide = any(isinstance(each, int) and each and each % size == 0 for each in fitting)
+        if wide and value not in graph.consumers and name not in graph.for_images:
+            yield name
+
+
+def _another_is_read(graph: Graph, place: str, name: str) -> bool:
+    """Whether another member of the outermost list in `place` that `name` is in was read there."""
+    own = name.removeprefix(f"{place}.").split(".")
+    at = next((i for i, part in enumerate(own) if part.isdigit()), None)
+    if at is None:
+        return False
+    before, behind = ".".join([*([place] if place else []), *own[:at], ""]), ".".join(own[at + 1 :])
+    pattern = re.compile(rf"{re.escape(before)}\d+\.{re.escape(behind)}")
+    read = (each for each, value in graph.parameters if value in graph.consumers)
+    return any(pattern.fullmatch(each) for each in read)
+
+
+def _touching(graph: Graph, values: Collection[int]) -> set[int]:
+    """The nodes that make or read one of the `values`."""
+    made = {graph.producers[value] for value in values if value in graph.producers}
+    return made.union(*(graph.consumers.get(value, ()) for value in values))
+
+
+def _nearest(called: Collection[str], path: str) -> str:
+    """The innermost of the `called` modules that `path` is or is in."""
+    while path and path not in called:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _caller(called: Collection[str], path: str) -> str:
+    return _nearest(called, path.rpartition(".")[0])
 
 
 def _within(module: str, path: str) -> bool:

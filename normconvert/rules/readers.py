@@ -13,6 +13,7 @@ from typing import Literal
 from normconvert.ir.graph import Graph, Norm, Tie
 from normconvert.rules.axes import Track
 from normconvert.rules.draft import Obstacle, Reader, Readers
+from normconvert.rules.places import unread_beside
 from normconvert.rules.scaling import Contraction, Ends, Origins, Part, follow, same
 
 _NONE, _UNREAD = -1, -2
@@ -34,12 +35,15 @@ def find_readers(
     graph: Graph, origins: Origins, norms: tuple[Norm, ...], tied: Literal["keep", "untie"]
 ) -> Readers | Obstacle:
     """The readers that can take the gain of `norms`, or what stands in the way."""
-    ends = follow(graph, outputs_of(graph, norms))
+    seeds = outputs_of(graph, norms)
+    ends = follow(graph, seeds)
     known = _names(origins, ends)
     if ends.stops:
         return Obstacle(ends.stops[0].reason, known, ends.stops[0].unknown)
     if not ends.contractions:
         return Obstacle("nothing reads it")
+    if unseen := unread_beside(graph, ends.values, len(next(iter(seeds.values())).index)):
+        return Obstacle(f"{unseen}, which was not read in the trace, may read it", known)
     indices: dict[str, Sequence[int]] = {}
     axes: dict[str, int] = {}
     for contraction in ends.contractions:
@@ -152,7 +156,7 @@ def _exclusive(
             reason = (
                 f"its reader {copy} is tied to {tie.source}; --tied untie gives it its own copy"
             )
-            return Obstacle(reason, tuple(readers))
+            return Obstacle(reason, tuple(copy if t == tensor else t for t in readers))
         found[copy], copies[copy] = reader, tensor
     return Readers(readers=found, contractions=contractions, copies=copies)
 

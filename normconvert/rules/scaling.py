@@ -36,22 +36,20 @@ class Contraction:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A use that does not pass the scaling on. `node` is -1 for an output of the model.
+    """A use that does not pass the scaling on."""
 
-    `unknown` says that nothing is known against it: its operation, or this use of it, is new here.
-    """
-
-    node: int
+    node: int  # -1: an output of the model
     reason: str
-    unknown: bool = False
+    unknown: bool = False  # nothing is known against it: the operation, or this use of it, is new
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Every place where a scaling ends."""
+    """Every place where a scaling ends, and the `values` that it reached before."""
 
     contractions: tuple[Contraction, ...]
     stops: tuple[Stop, ...]
+    values: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +118,7 @@ def follow(
                 if consumer not in seen:
                     seen.add(consumer)
                     heapq.heappush(queue, consumer)
-    return Ends(tuple(contractions), tuple(stops))
+    return Ends(tuple(contractions), tuple(stops), frozenset(tracks))
 
 
 def output_stop(graph: Graph, value: int) -> Stop:

@@ -29,7 +29,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         the model's code does for some only is seen.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self._found, self._unused = found, unused
+        self.found, self._unused = found, unused
         self._index, self._indices = -1, 1
         self.values: list[Value] = []
         self.nodes: list[Node] = []
@@ -64,10 +64,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _made_up(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor | int | None:
-        if self._found is None:
+        if self.found is None:
             return None
         if func is torch.ops.aten.nonzero.default:
-            searched, count = args[0], self._found
+            searched, count = args[0], self.found
             if searched.ndim == 1 and isinstance(searched.shape[0], int):
                 count = self._indices = max(1, searched.shape[0] - self._unused)
                 self._index = -1

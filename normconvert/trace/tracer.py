@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.utils._pytree import keystr, tree_leaves_with_path
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 from transformers import Cache, PreTrainedModel
 
 from normconvert.errors import TraceError, first_line
@@ -24,6 +24,7 @@ from normconvert.trace.loading import build, load, open_biases
 from normconvert.trace.naming import readable_numbers
 from normconvert.trace.recognise import Formula, recognise
 from normconvert.trace.recorder import Recorder
+from normconvert.trace.unread import for_images, widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -160,6 +161,9 @@ def record(
         open_biases=open_biases(model),
         tie_key=type(model.config).attribute_map.get(_TIE_KEY, _TIE_KEY),
         towers=tuple(of_towers),
+        widths=tuple(widths(model)),
+        for_images=for_images(model, BATCH, LENGTH) if with_towers else (),
+        searched=recorder.found is not None,
     )
 
 
@@ -272,11 +276,13 @@ class _NormCalls:
             self._add_norm(path, module, _tensors([*args, *kwargs.values()])[0], output)
         self._recorder.module, inputs = self._outer.pop()
         known = self._known([(0, output)])
+        outputs = self._known([*enumerate(tree_leaves(output))])
         self.calls.append(
             Call(
                 module=path,
                 inputs=inputs,
                 unused=_unused(module, args, kwargs),
+                outputs=tuple(value for _, value in outputs),
                 output=known[0][1] if known else None,
             )
         )

@@ -2,6 +2,7 @@
 
 from normconvert.verify.algebra import check_sites
 from normconvert.verify.certificate import certify, refused, stored_options
-from normconvert.verify.logits import choose_dtype, compare
+from normconvert.verify.logits import compare
+from normconvert.verify.placement import place
 
-__all__ = ["certify", "check_sites", "choose_dtype", "compare", "refused", "stored_options"]
+__all__ = ["certify", "check_sites", "compare", "place", "refused", "stored_options"]

@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import get_max_memory
 from torch.utils._pytree import tree_map
 
 from normconvert.errors import VerificationError, first_line
@@ -21,6 +20,7 @@ from normconvert.precision import float64
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
 from normconvert.verify.loading import load_model
+from normconvert.verify.placement import free_memory
 from normconvert.verify.recompute import STORED_BITS, Recomputer
 from normconvert.verify.stored import Stored, decode
 from normconvert.verify.tokens import input_sets
@@ -77,7 +77,7 @@ def check_sites(
 
 def _require_memory(original: Checkpoint) -> None:
     needed = 8 * sum(math.prod(tensor.shape) for tensor in original.tensors.values())
-    available = get_max_memory()["cpu"]
+    available = free_memory()
     if 2 * needed > available:  # the tensors, and the model that is loaded of them
         raise VerificationError(
             f"The algebra was not checked: in float64 it takes {2 * needed / 1e9:.1f} GB of "

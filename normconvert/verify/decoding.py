@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
+from normconvert.ir.report import Generation
 from normconvert.precision import computing_in
+from normconvert.verify.tokens import as_text
 
-PROMPT, STEPS = 12, 4
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from normconvert.source import Checkpoint
+
+PROMPT, STEPS, GREEDY = 12, 4, 16
 
 
 class _Forced(LogitsProcessor):  # type: ignore[misc]  # transformers imports it lazily
@@ -45,8 +52,42 @@ def stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
     As in generation, but for the choice of the tokens: two models are to be compared on the same.
     """
+    output = _generated(model, ids[:, :PROMPT], STEPS, [_Forced(ids)])
+    return torch.cat(output.logits)
+
+
+def continuation(model: Any, prompt: torch.Tensor) -> tuple[int, ...]:
+    """The GREEDY tokens that `model` finds the likeliest after `prompt`, [1, length]."""
+    with torch.no_grad(), computing_in(model.dtype):
+        output = _generated(model, prompt, GREEDY, [])
+    return tuple(output.sequences[0, prompt.shape[1] :].tolist())
+
+
+def side_by_side(
+    checkpoint: Checkpoint,
+    prompt: torch.Tensor,
+    written: Sequence[tuple[int, ...]],
+    trust_remote_code: bool,
+) -> Generation:
+    """What two models have `written` after `prompt`, [1, length], for a person to compare."""
+    one, other = written
+    texts = (as_text(checkpoint, ids, trust_remote_code) for ids in (prompt[0].tolist(), *written))
+    before, original, converted = texts
+    unlike = (i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    return Generation(
+        prompt=before,
+        original=original,
+        converted=converted,
+        tokens=len(one),
+        same=next(unlike, len(one)),
+    )
+
+
+def _generated(
+    model: Any, prompt: torch.Tensor, steps: int, processors: list[LogitsProcessor]
+) -> Any:
     config = GenerationConfig(
-        max_new_tokens=STEPS,
+        max_new_tokens=steps,
         do_sample=False,
         num_beams=1,
         use_cache=True,
@@ -55,11 +96,9 @@ def stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         pad_token_id=0,
     )
     config.eos_token_id = None
-    prompt = ids[:, :PROMPT]
-    output = model.generate(
+    return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         generation_config=config,
-        logits_processor=[_Forced(ids)],
+        logits_processor=processors,
     )
-    return torch.cat(output.logits)

@@ -26,7 +26,8 @@ def layer_states(model: Any) -> Iterator[dict[str, list[torch.Tensor]]]:
         def keep(_: torch.nn.Module, __: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) else output
             if isinstance(first, torch.Tensor) and first.is_floating_point() and first.ndim > 1:
-                states.setdefault(path, []).append(first.flatten(0, -2)[::_EVERY].clone())
+                kept = first.flatten(0, -2)[::_EVERY].to("cpu", copy=True)
+                states.setdefault(path, []).append(kept)
 
         return module.register_forward_hook(keep)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.model_class import resolve
+from normconvert.verify.placement import IN_MEMORY, Placement, read_plainly
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from normconvert.source import Checkpoint
 
 
@@ -20,10 +20,13 @@ def load_model(
     dtype: torch.dtype,
     trust_remote_code: bool,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    placement: Placement = IN_MEMORY,
+    offload_folder: str | None = None,
 ) -> Any:
     """The model of `checkpoint` in `dtype`, of its own weights or of `tensors` in their place.
 
-    In the implementations that take every dtype.
+    In the implementations that take every dtype. What `placement` leaves on disk is read from the
+    checkpoint, or where it is not stored as the model has it, written to `offload_folder`.
 
     Raises:
         VerificationError: it cannot be loaded, or not whole.
@@ -37,6 +40,9 @@ def load_model(
             state_dict=None if tensors is None else dict(tensors),
             dtype=dtype,
             attn_implementation="eager",
+            device_map=_plain(placement.device_map),
+            max_memory=_plain(placement.max_memory),
+            offload_folder=offload_folder,
             output_loading_info=True,
         )
     except Exception as error:  # transformers and model code may raise anything
@@ -53,4 +59,9 @@ def load_model(
         model.set_experts_implementation("eager")
     if dtype is torch.float64:
         model.double()  # what transformers keeps in float32, whatever it was asked for
+    read_plainly(model)
     return model.eval()
+
+
+def _plain(option: Any) -> Any:
+    return dict(option) if isinstance(option, Mapping) else option

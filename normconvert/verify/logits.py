@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
+import tempfile
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from accelerate.utils import get_max_memory
 from torch.utils._pytree import tree_leaves
 
 from normconvert.errors import VerificationError, first_line
@@ -19,10 +19,25 @@ from normconvert.model_class import auto_classes
 from normconvert.precision import computing_in
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
-from normconvert.verify.decoding import stepwise_ids, stepwise_logits
+from normconvert.verify.decoding import (
+    PROMPT,
+    continuation,
+    side_by_side,
+    stepwise_ids,
+    stepwise_logits,
+)
 from normconvert.verify.layers import distances, layer_states
 from normconvert.verify.loading import load_model
 from normconvert.verify.noise import perturbed
+from normconvert.verify.placement import (
+    IN_MEMORY,
+    Placement,
+    choose,
+    main_dtype,
+    replace_weights,
+    shapes,
+    weights,
+)
 from normconvert.verify.tokens import input_sets, tower_inputs
 
 if TYPE_CHECKING:
@@ -48,6 +63,7 @@ def compare(
     centered: bool,
     trust_remote_code: bool,
     listen: Listener,
+    placement: Placement = IN_MEMORY,
 ) -> Equivalence:
     """Whether `converted` gives the outputs of `original`: logits, or without a head its states.
 
@@ -61,24 +77,30 @@ def compare(
     Where tensors have another shape (on d - 1 coordinates the last is minus the sum of the others,
     with the rounding of all of them), it is the converted model that is perturbed.
 
+    A model that does not fit into memory is run with its weights on disk, unless `placement` says
+    where they are to be.
+
     Raises:
         VerificationError: one of them cannot be loaded whole or cannot be run.
         TraceError: what they read is not known.
     """
-    compute = choose_dtype(original, dtype)
-    with _Runner(compute, returns, trust_remote_code, listen) as run:
+    compute, placement = choose(original, dtype, placement)
+    with _Runner(compute, placement, returns, trust_remote_code, listen) as run:
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code, other=converted)
         generates = "AutoModelForCausalLM" in auto_classes(type(model), model.config)
         steps = stepwise_ids(model, [*sets.values()][-1])
         reference, reference_states = run.outputs(model, sets, steps)
-        before, shapes = _digests(model), _shapes(model)
+        prompt = None if steps is None else next(iter(sets.values()))["input_ids"][:1, :PROMPT]
+        written = [] if prompt is None else [continuation(model, prompt)]
+        before, sizes = _digests(model), shapes(model)
         del model
         model = run.load(converted)
         candidate, states = run.outputs(model, sets, steps)
+        written += [] if prompt is None else [continuation(model, prompt)]
         _refuse_other_shapes(reference, candidate)
         after = _digests(model)
-        resized = any(shapes.get(name, shape) != shape for name, shape in _shapes(model).items())
+        resized = any(sizes.get(name, shape) != shape for name, shape in shapes(model).items())
         del model
         differing = _differing(before, after)
         floors: list[dict[str, tuple[float, float]]] = []
@@ -89,7 +111,7 @@ def compare(
                 break
             model = run.load(converted if resized else original)
             moving = _differing(after, before) if resized else differing
-            _perturb(model, moving, original, converted, seed)
+            replace_weights(model, moving, partial(_noisy, original, converted, seed))
             moved, moved_states = run.outputs(model, sets, steps)
             floors.append(_distances(candidate if resized else reference, moved))
             base = states if resized else reference_states
@@ -101,7 +123,7 @@ def compare(
             reference[name],
             candidate[name],
             [each[name] for each in floors],
-            sets[name]["input_ids"] if name == "text" and generates else None,
+            sets[name]["input_ids"].cpu() if name == "text" and generates else None,
         )
         for name in reference
     )
@@ -122,6 +144,9 @@ def compare(
         comparisons=comparisons,
         certificate=certificate,
         algebra=algebra,
+        generation=None
+        if prompt is None
+        else side_by_side(original, prompt, written, trust_remote_code),
         layers=layers,
         parts_at=None if equivalent else next(apart, None),
         notes=(*notes, *([] if certificate else _config_notes(original.config, converted.config))),
@@ -143,17 +168,20 @@ class _Runner:
     def __init__(
         self,
         compute: torch.dtype,
+        placement: Placement,
         returns: tuple[str, ...],
         trust_remote_code: bool,
         listen: Listener,
     ) -> None:
-        self._compute, self._returns = compute, returns
+        self._compute, self._placement, self._returns = compute, placement, returns
         self._trust, self._listen = trust_remote_code, listen
         self._done = 0
+        self._offloaded = tempfile.TemporaryDirectory()
         self._stack = ExitStack()
 
     def __enter__(self) -> _Runner:
         self._stack.enter_context(quiet())
+        self._stack.enter_context(self._offloaded)
         self._listen(Event("verifying", 0, _PASSES))
         return self
 
@@ -161,7 +189,13 @@ class _Runner:
         self._stack.close()
 
     def load(self, checkpoint: Checkpoint) -> Any:
-        return load_model(checkpoint, self._compute, self._trust)
+        return load_model(
+            checkpoint,
+            self._compute,
+            self._trust,
+            placement=self._placement,
+            offload_folder=self._offloaded.name,
+        )
 
     def outputs(
         self, model: Any, sets: dict[str, dict[str, Any]], steps: torch.Tensor | None
@@ -180,7 +214,7 @@ class _Runner:
                 for path, (tower, inputs) in tower_inputs(model).items():
                     found |= _named_outputs(path, tower(**inputs), ())
                 if steps is not None:
-                    found["token by token"] = stepwise_logits(model, steps)
+                    found["token by token"] = stepwise_logits(model, steps).cpu()
         except Exception as error:  # the model's own code may raise anything
             raise VerificationError(
                 f"{type(model).__name__} cannot be run in {self._compute}: {first_line(error)}."
@@ -188,40 +222,6 @@ class _Runner:
         self._done += 1
         self._listen(Event("verifying", self._done, max(_PASSES, self._done)))
         return found, states
-
-
-def choose_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
-    """The dtype to compute in: the one asked for, or the widest of two that fits in memory.
-
-    These are the next wider one than the weights' (float32 for 16 bits, else float64), in which
-    the rounding of activations does not hide that of the weights, and the weights' own.
-
-    Raises:
-        VerificationError: the model does not fit in the memory that is available.
-    """
-    stored = _main_dtype(checkpoint)
-    wider = torch.float64 if stored.itemsize >= 4 else torch.float32
-    count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    available = get_max_memory()["cpu"]
-    for dtype in [getattr(torch, asked)] if asked else [wider, stored]:
-        if count * dtype.itemsize <= available:
-            return dtype
-    raise VerificationError(
-        f"Comparing the logits of {checkpoint.model} takes {count * dtype.itemsize / 1e9:.1f} GB "
-        f"of memory, and {available / 1e9:.1f} GB are available; convert with --no-verify and "
-        "verify on a larger machine."
-    )
-
-
-def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating dtype that most of the checkpoint's bytes are stored in."""
-    sizes: Counter[torch.dtype] = Counter()
-    for tensor in checkpoint.tensors.values():
-        if TORCH_DTYPE[tensor.dtype].is_floating_point:
-            sizes[TORCH_DTYPE[tensor.dtype]] += tensor.nbytes
-    if not sizes:
-        raise VerificationError(f"{checkpoint.folder} has no floating-point weights to compare.")
-    return sizes.most_common(1)[0][0]
 
 
 def _named_outputs(name: str, output: Any, returns: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -238,27 +238,16 @@ def _named_outputs(name: str, output: Any, returns: tuple[str, ...]) -> dict[str
         pooled = getattr(output, "pooler_output", None)
         if pooled is not None:
             found[f"{name}, pooled"] = pooled
-    return {name: tensor.flatten(0, -2) for name, tensor in found.items()}
-
-
-def _parameters(model: Any) -> dict[str, torch.Tensor]:
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **{name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()},
-    }
-
-
-def _shapes(model: Any) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in _parameters(model).items()}
+    return {name: tensor.flatten(0, -2).cpu() for name, tensor in found.items()}
 
 
 def _digests(model: Any) -> dict[str, bytes]:
     """A hash of every tensor, by its name in the model: two models need not fit in memory."""
     return {
         name: hashlib.blake2b(
-            tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+            tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         ).digest()
-        for name, tensor in _parameters(model).items()
+        for name, tensor in weights(model)
     }
 
 
@@ -266,31 +255,25 @@ def _differing(before: dict[str, bytes], after: dict[str, bytes]) -> tuple[str, 
     return tuple(sorted(name for name in before if after.get(name) != before[name]))
 
 
-def _perturb(
-    model: Any, names: tuple[str, ...], original: Checkpoint, converted: Checkpoint, seed: int
-) -> None:
-    """Perturb the tensors `names` of `model` in place, each on its own even if it is tied."""
-    generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        tensor = getattr(module, attribute)
-        if not tensor.is_floating_point():
-            continue
-        stored = (_stored(checkpoint, name) for checkpoint in (original, converted))
-        coarsest = max((*stored, tensor.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-        noisy = perturbed(tensor.detach(), coarsest, generator)
-        if attribute in module._parameters:
-            setattr(module, attribute, torch.nn.Parameter(noisy, requires_grad=False))
-        else:
-            setattr(module, attribute, noisy)
+def _noisy(
+    original: Checkpoint, converted: Checkpoint, seed: int, name: str, tensor: torch.Tensor
+) -> torch.Tensor:
+    """The tensor `name` of a model, perturbed within the rounding of its coarsest dtype."""
+    if not tensor.is_floating_point():
+        return tensor
+    stored = (_stored(checkpoint, name) for checkpoint in (original, converted))
+    coarsest = max((*stored, tensor.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    # The same whenever it is read, and of its own for every tensor.
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    return perturbed(tensor.cpu(), coarsest, generator).to(tensor.device)
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> torch.dtype:
     """The dtype that a parameter is stored in: its own, or where names differ that of most."""
     tensor = checkpoint.tensors.get(name)
-    dtype = TORCH_DTYPE[tensor.dtype] if tensor else _main_dtype(checkpoint)
-    return dtype if dtype.is_floating_point else _main_dtype(checkpoint)
+    dtype = TORCH_DTYPE[tensor.dtype] if tensor else main_dtype(checkpoint)
+    return dtype if dtype.is_floating_point else main_dtype(checkpoint)
 
 
 def _refuse_other_shapes(

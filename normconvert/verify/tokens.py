@@ -20,9 +20,12 @@ from normconvert.model_inputs import (
     towers,
 )
 from normconvert.precision import computing_in
+from normconvert.verify.placement import input_device
 from normconvert.verify.stored import Stored
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from normconvert.source import Checkpoint
 
 SEQUENCES, LENGTH = 2, 128
@@ -57,7 +60,8 @@ def input_sets(
         if other is not None:
             tokens |= _differing_tokens(model, checkpoint, other, length, generator)
         sets = {name: plain_inputs(model, ids, ids) for name, ids in tokens.items()}
-    return sets | _optional_sets(model, length, generator, [*sets.values()][-1]), notes
+    sets |= _optional_sets(model, length, generator, [*sets.values()][-1])
+    return tree_map(_on(model), sets), notes
 
 
 def _differing_tokens(
@@ -103,7 +107,7 @@ def _optional_sets(
     inputs = {**plain, **tree_map(partial(_random_like, generator), zeros)}
     try:
         with torch.no_grad(), computing_in(model.dtype):
-            model(**inputs)
+            model(**tree_map(_on(model), inputs))
     except Exception:  # whatever a model raises that has no use for them
         return {}
     return {f"with {', '.join(zeros)}": inputs}
@@ -124,8 +128,14 @@ def tower_inputs(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
         except TraceError:  # then it was not traced either, and is the original's
             continue
         name = f"{path}, {_NAMES[main_input(tower)]}"
-        found[name] = tower, plain_inputs(tower, drawn, torch.empty(0))
+        found[name] = tower, tree_map(_on(model), plain_inputs(tower, drawn, torch.empty(0)))
     return found
+
+
+def _on(model: Any) -> Callable[[Any], Any]:
+    """What moves a tensor to where `model` wants its inputs."""
+    device = input_device(model)
+    return lambda each: each.to(device) if isinstance(each, torch.Tensor) else each
 
 
 def _drawn(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
@@ -176,6 +186,12 @@ def _token_sets(
         return {"text": ids.unsqueeze(0), "random": random}, ()
     count = min(SEQUENCES, whole)
     return {"text": ids[: count * length].reshape(count, length), "random": random}, ()
+
+
+def as_text(checkpoint: Checkpoint, ids: Sequence[int], trust_remote_code: bool) -> str:
+    """The text of `ids`; themselves where there is no tokenizer."""
+    tokenizer = _tokenizer(checkpoint, trust_remote_code)
+    return " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(ids))
 
 
 def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:

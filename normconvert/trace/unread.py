@@ -1,0 +1,56 @@
+"""What can be known of parameters that one forward pass on text does not read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from normconvert.model_inputs import main_shape, towers
+from normconvert.trace.naming import readable_numbers
+from normconvert.trace.recorder import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+def widths(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+    """The features that layers read: a weight multiplies them, a bias or an embedding none."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for kind, width in _WIDTHS:
+            if isinstance(module, kind):
+                for name, _ in module.named_parameters(path, recurse=False):
+                    read = getattr(module, width) if width and name.endswith("weight") else 0
+                    yield name, read
+
+
+_WIDTHS = (
+    (torch.nn.Linear, "in_features"),
+    (Conv1D, "nx"),
+    (torch.nn.modules.conv._ConvNd, "in_channels"),
+    (torch.nn.Embedding, ""),
+)
+
+
+def for_images(model: PreTrainedModel, batch: int, length: int) -> tuple[str, ...]:
+    """The parameters that are read where images become what the text model reads, if that runs."""
+    found: set[str] = set()
+    for path, tower in towers(model).items():
+        parts = [
+            part
+            for name, part in model.named_modules()
+            if path.startswith(f"{name}." if name else "") and hasattr(part, "get_image_features")
+        ]
+        recorder = Recorder()
+        try:
+            with torch.device(model.device), readable_numbers(), recorder:
+                parts[-1].get_image_features(torch.zeros(main_shape(tower, batch, length)))
+        except Exception:  # foreign code, that may want more than the images
+            continue
+        read = {value for node in recorder.nodes for value in node.inputs}
+        named = model.named_parameters(remove_duplicate=False)
+        found |= {name for name, parameter in named if recorder.known(parameter) in read}
+    return tuple(sorted(found))
