@@ -155,7 +155,7 @@ def verify_equivalence(
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None,
     returns: tuple[str, ...] = (),
     device_map: str | Mapping[str, str] | None = None,
-    max_memory: Mapping[int | str, int | str] | None = None,
+    max_memory: Mapping[Any, int | str] | None = None,
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,

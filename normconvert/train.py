@@ -19,7 +19,9 @@ nothing else, as that of a key's bias: such numbers differ, the function does no
 parameters are even the same objects: an optimizer may be made before or after. Only rules that go
 by names or classes need care, for both change (``c_proj.weight`` is now
 ``c_proj.parametrizations.weight.original``, and a norm is no ``nn.LayerNorm``): sort out before
-what is not to be decayed.
+what is not to be decayed. In a state dict the names are the original's. So what `save_pretrained`
+writes during training is a checkpoint of the original class, which computes the same, and a
+checkpoint of that can be loaded. Resize embeddings before.
 
 What decays in which coordinates matters only in this:
 
@@ -239,13 +241,40 @@ def _apply(model: Model, graph: Graph, draft: Draft) -> Model:
     for name, expression in draft.expressions.items():
         if expression == Tensor(name):
             continue
-        others = {other: parameters[other] for other in tensors(expression) - {name}}
+        others = {other: holders[parameters[other]][0] for other in tensors(expression) - {name}}
         for module, attribute in holders[parameters[name]]:
             seen = _Seen(name, expression, others)
             parametrize.register_parametrization(module, attribute, seen, unsafe=True)
             if attribute == "weight":
                 set_sizes(module, getattr(module, attribute).shape)
+    model.register_state_dict_post_hook(_name_as_before)
+    model.register_load_state_dict_pre_hook(_name_as_parametrized)
     return model
+
+
+def _name_as_before(model: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+    """The parameters under the names that the original has: a checkpoint of the original class."""
+    for name in _parametrized_names(model, prefix):
+        state[name] = state.pop(_parametrized(name))
+
+
+def _name_as_parametrized(model: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+    for name in _parametrized_names(model, prefix):
+        if name in state:
+            state[_parametrized(name)] = state.pop(name)
+
+
+def _parametrized_names(model: nn.Module, prefix: str) -> list[str]:
+    return [
+        f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, _ in _parametrizations(module)
+    ]
+
+
+def _parametrized(name: str) -> str:
+    path, dot, attribute = name.rpartition(".")
+    return f"{path}{dot}parametrizations.{attribute}.original"
 
 
 def _replace_norms(
@@ -277,11 +306,11 @@ def _replace_norms(
 class _Seen(nn.Module):
     """What the forward pass sees of a parameter: an expression of it, rounded to its dtype once.
 
-    `others` are the parameters that it reads besides (a LayerScale). They belong to other modules.
+    `others` says where to find the parameters that it reads besides (a LayerScale).
     """
 
     def __init__(
-        self, name: str, expression: Expression, others: Mapping[str, nn.Parameter]
+        self, name: str, expression: Expression, others: Mapping[str, tuple[nn.Module, str]]
     ) -> None:
         super().__init__()
         self.name, self.expression = name, expression
@@ -289,12 +318,19 @@ class _Seen(nn.Module):
 
     def forward(self, original: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(original.dtype, torch.float32)
-        known = {self.name: original, **self.others}
-        wide = {name: value.to(dtype) for name, value in known.items()}
+        known = {name: _original(*where) for name, where in self.others.items()}
+        wide = {name: value.to(dtype) for name, value in {**known, self.name: original}.items()}
         return _evaluated(self.expression, wide, wide[self.name]).to(original.dtype)
 
     def extra_repr(self) -> str:
         return str(self.expression)
+
+
+def _original(module: nn.Module, attribute: str) -> torch.Tensor:
+    """The parameter itself, whatever the forward pass sees of it."""
+    if parametrize.is_parametrized(module, attribute):
+        return cast("torch.Tensor", module.parametrizations[attribute].original)  # type: ignore[union-attr,index]
+    return cast("torch.Tensor", getattr(module, attribute))
 
 
 def _evaluated(

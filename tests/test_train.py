@@ -350,6 +350,25 @@ def test_finished_weights_are_exact_in_the_original_class(tmp_path: Path) -> Non
         assert relative(outputs(stock), outputs(original(name))) < 1e-12
 
 
+@every_rewrite
+@pytest.mark.parametrize("name", ["gpt2", "dinov2"])
+def test_a_checkpoint_during_training_is_of_the_original_class(
+    name: str, rewrite: Rewrite, tmp_path: Path
+) -> None:
+    model = rewrite(original(name))
+    train(model, OPTIMIZERS["adamw"], steps=2)
+    model.eval()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert not parametrized(again)
+    assert relative(outputs(again), outputs(model)) < 1e-12
+    other = rewrite(original(name)).eval()
+    assert relative(outputs(other), outputs(model)) > 1e-6
+    for assign in (False, True):
+        other.load_state_dict(again.state_dict(), assign=assign)
+        assert relative(outputs(other), outputs(model)) < 1e-12
+
+
 @pytest.mark.parametrize("name", ["gpt2", "vit", "dinov2"])
 def test_finished_crmsnorm_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = finish(as_crmsnorm(original(name))).eval()

@@ -39,7 +39,7 @@ class Placement:
     """
 
     device_map: str | Mapping[str, str] | None = None
-    max_memory: Mapping[int | str, int | str] | None = None
+    max_memory: Mapping[Any, int | str] | None = None
 
 
 IN_MEMORY = Placement()
@@ -47,21 +47,15 @@ _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def place(
-    device_map: str | Mapping[str, str] | None, max_memory: Mapping[int | str, int | str] | None
+    device_map: str | Mapping[str, str] | None, max_memory: Mapping[Any, int | str] | None
 ) -> Placement:
     """The placement of a `device_map` and memory limits: with the latter alone, "auto".
 
     Raises:
         VerificationError: there is no such device here, or a limit is no size.
     """
-    try:
-        if isinstance(device_map, str) and device_map not in _MAPS:
-            torch.empty(0, device=device_map)
-    except Exception as error:  # torch raises what the device's own library does
-        raise VerificationError(
-            f"No model can be put on {device_map!r} ({first_line(error)}); give a device such as "
-            "cpu or cuda:0, or the device map auto."
-        ) from error
+    if isinstance(device_map, str) and device_map not in _MAPS:
+        _require_device(device_map)
     try:
         for size in (max_memory or {}).values():
             convert_file_size_to_int(size)
@@ -72,6 +66,20 @@ def place(
     return Placement(
         device_map=device_map or ("auto" if max_memory else None), max_memory=max_memory
     )
+
+
+def _require_device(name: str) -> None:
+    remedy = "give a device such as cpu or cuda:0, or the device map auto"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise VerificationError(f"{name!r} is no device; {remedy}.") from error
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises what the device's own library does
+        raise VerificationError(
+            f"No model can be put on {name!r} ({first_line(error)}); {remedy}."
+        ) from error
 
 
 def choose(

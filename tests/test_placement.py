@@ -1,0 +1,148 @@
+"""Weights that are not in memory: the same figures, and the same verdicts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import normconvert
+import zoo
+from command_line import run_here
+from normconvert.source import open_checkpoint
+from normconvert.verify import placement
+from normconvert.verify.loading import load_model
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Originals and conversions: norms folded, streams of d - 1 coordinates, stacked experts."""
+    folder = tmp_path_factory.mktemp("pairs")
+    zoo.save("mixtral", folder / "mixtral", dtype="float32")
+    rewrites: dict[str, Any] = {"tiny-llama": "flashnorm", "tiny-gpt2": "crmsnorm"}
+    found = {}
+    for name, rewrite in {**rewrites, "mixtral": "flashnorm"}.items():
+        source = folder / name if name == "mixtral" else MODELS / name
+        normconvert.convert(source, folder / f"{name}-output", rewrite, verify=False)
+        found[name] = source, folder / f"{name}-output"
+    return found
+
+
+def on_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> list[float]:
+    """Let `free` bytes seem to be free; the share of the parameters on disk in every model."""
+    shares: list[float] = []
+    read_plainly = placement.read_plainly
+
+    def note(model: Any) -> None:
+        parameters = list(model.parameters())
+        shares.append(sum(each.is_meta for each in parameters) / len(parameters))
+        read_plainly(model)
+
+    monkeypatch.setattr("normconvert.verify.placement.free_memory", lambda: free)
+    monkeypatch.setattr("normconvert.verify.loading.read_plainly", note)
+    return shares
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("mixtral", None), ("tiny-gpt2", None), ("tiny-gpt2", 1_200_000)]
+)
+def test_what_does_not_fit_gives_the_same_figures(
+    name: str,
+    limit: int | None,
+    pairs: dict[str, tuple[Path, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = normconvert.verify_equivalence(*pairs[name])
+    shares = on_disk(monkeypatch, 10)
+    max_memory = None if limit is None else {"cpu": limit}
+    found = normconvert.verify_equivalence(*pairs[name], max_memory=max_memory)
+    assert len(shares) == 7  # two for the algebra, and five: three of them for the floor
+    assert all(share == 1 if limit is None else 0 < share < 1 for share in shares[2:])
+    assert found.equivalent
+    assert found.dtype == expected.dtype == "float64"
+    for one, other in zip(found.comparisons, expected.comparisons, strict=True):
+        for figure in ("max", "rms", "floor_max", "floor_rms"):
+            assert getattr(one, figure) == pytest.approx(getattr(other, figure), rel=1e-6)
+    assert found.differing_tensors == expected.differing_tensors
+    assert found.generation == expected.generation
+
+
+def test_a_fault_on_disk_is_found(
+    pairs: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = pairs["tiny-llama"]
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] += 0.02
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert on_disk(monkeypatch, 10) == []
+    report = normconvert.verify_equivalence(source, other)
+    assert not report.equivalent
+    assert (report.differing_tensors, report.parts_at) == (1, "model.layers.2")
+
+
+def test_a_conversion_of_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_disk(monkeypatch, 10)
+    conversion = normconvert.convert(MODELS / "tiny-llama", tmp_path / "output", "flashnorm")
+    assert conversion.verification is not None
+    assert conversion.verification.equivalent
+
+
+def test_the_options(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    command = ("verify-equivalence", *pairs["tiny-llama"])
+    plain = run_here(*command, "--json", "-", cwd=tmp_path).json()
+    for options in (["--device", "cpu"], ["--device-map", "auto", "--max-memory", "cpu=300KB"]):
+        result = run_here(*command, *options, "--json", "-", cwd=tmp_path)
+        assert (result.status, result.err) == (0, "")
+        for one, other in zip(result.json()["comparisons"], plain["comparisons"], strict=True):
+            assert one["max"] == pytest.approx(other["max"], rel=1e-6)
+    for options, words in (
+        (["--device", "nowhere"], ("'nowhere' is no device", "such as cpu")),
+        (["--device", "hpu:0"], ("No model can be put on 'hpu:0'", "such as cpu")),
+        (["--max-memory", "cpu=much"], ("limit 'much' is no size", "8GiB")),
+    ):
+        run_here(*command, *options, cwd=tmp_path).assert_refused(*words)
+    for options, word in (
+        (["--max-memory", "8GiB"], "DEVICE=SIZE"),
+        (["--device", "cpu", "--device-map", "auto"], "not both"),
+    ):
+        result = run_here(*command, *options, cwd=tmp_path)
+        assert result.status == 2
+        assert word in result.err
+
+
+def test_every_weight_can_be_replaced(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """In memory and on disk; tied ones each on their own."""
+    checkpoint = open_checkpoint(str(pairs["tiny-gpt2"][0]))
+    for place in (placement.IN_MEMORY, placement.Placement(device_map={"": "disk"})):
+        model = load_model(
+            checkpoint, torch.float64, False, placement=place, offload_folder=str(tmp_path)
+        )
+        before = dict(placement.weights(model))
+        chosen = ("transformer.wte.weight", "transformer.h.0.ln_1.bias")
+        placement.replace_weights(model, chosen, lambda name, tensor: tensor + len(name))
+        after = dict(placement.weights(model))
+        assert before.keys() == after.keys()
+        assert {n for n in before if not torch.equal(before[n], after[n])} == set(chosen)
+        for name in chosen:
+            assert torch.equal(after[name], before[name] + len(name))
+
+
+def test_free_memory_knows_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = placement.free_memory()
+    assert 0 < free < 2**50
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(placement, "_CGROUP_LIMITS", (limit,))
+    limit.write_text("max\n")
+    assert placement.free_memory() > 0.5 * free
+    limit.write_text("1\n")
+    assert placement.free_memory() == 0
+    limit.unlink()
+    monkeypatch.setattr("resource.getrlimit", lambda _: (2, 2))
+    assert placement.free_memory() == 0
