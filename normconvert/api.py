@@ -69,6 +69,7 @@ def convert(
     dry_run: bool = False,
     verify: bool = True,
     force: bool = False,
+    resume: bool = False,
     revision: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
@@ -81,8 +82,9 @@ def convert(
     `fraction` is the share of the coordinates that a pRMSNorm looks at. `target` is the model_type
     of transformers that the output of rmsnorm gets, if it provably computes the same. `returns`
     names the outputs of the model that must stay the same, such as ("pooler_output",), where
-    others stand in the way; all of them unless given. `model_class` is a class of your own, a
-    subclass of `transformers.PreTrainedModel`, to run the model in.
+    others stand in the way; all of them unless given. With `resume`, the shards stay that an
+    earlier run, which was broken off, had completed of the same conversion. `model_class` is a
+    class of your own, a subclass of `transformers.PreTrainedModel`, to run the model in.
 
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
@@ -115,7 +117,7 @@ def convert(
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
-    with stage(place, force=force) as staged:
+    with stage(place, force=force, resume=resume) as staged:
         write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
         verification = None
         if verify:

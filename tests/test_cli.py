@@ -110,7 +110,7 @@ OPTIONS = {
     "flashnorm": {
         "-o", "--output", "--format <stock|native>", "--tied <keep|untie>",
         "--dtype <keep|float32|bfloat16|float16>", "--dry-run", "--no-verify", "--force", "--push",
-        "--returns", "--revision", "--trust-remote-code", "--json", "--debug",
+        "--resume", "--returns", "--revision", "--trust-remote-code", "--json", "--debug",
     },
     "rmsnorm": {"--format <stock|native>", "--target", "--tied <keep|untie>", "--force"},
     "crmsnorm": {"--tied <keep|untie>", "--force"},
@@ -122,7 +122,7 @@ OPTIONS = {
     },
     "verify-equivalence": {
         "--json", "--report", "--text", "--dtype <float64|float32|bfloat16|float16>", "--returns",
-        "--trust-remote-code", "--debug",
+        "--device", "--device-map", "--max-memory", "--trust-remote-code", "--debug",
     },
     "push": {
         "--private", "--revision", "--create-pr", "--commit-message", "--token", "--unverified",

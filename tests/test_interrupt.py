@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from command_line import COMMAND, assert_sentence, environment, listing
 from normconvert.rewrite.folder import stage
@@ -102,9 +102,9 @@ class Bench:
     def output(self) -> Path:
         return self.folder / "output"
 
-    def start(self, *options: str) -> int:
+    def start(self, *options: str, model: str = "model") -> int:
         """Start a conversion into `output`; its process, as soon as it minds signals."""
-        arguments = ["flashnorm", "model", "-o", "output", "--no-verify", *options]
+        arguments = ["flashnorm", model, "-o", "output", "--no-verify", *options]
         (self.folder / "said").write_text("")
         process = self._ask(json.dumps(arguments))
         while not catches(process, signal.SIGTERM):
@@ -124,7 +124,7 @@ class Bench:
 
     def leftovers(self) -> list[str]:
         names = {path.name for path in self.folder.iterdir()}
-        return sorted(names - {"model", "output", "whole", "said"})
+        return sorted(names - {"model", "sharded", "output", "whole", "whole-sharded", "said"})
 
 
 @pytest.fixture(scope="module")
@@ -212,13 +212,92 @@ def test_at_any_moment(number: str, force: bool, bench: Bench) -> None:
         assert bench.leftovers() == []
 
 
+@pytest.fixture(scope="module")
+def sharded(bench: Bench) -> Path:
+    """The model in eight shards."""
+    folder = bench.folder / "sharded"
+    folder.mkdir()
+    shutil.copy(bench.folder / "model" / "config.json", folder)
+    tensors = load_file(bench.folder / "model" / "model.safetensors")
+    names = {f"model-{i + 1:05}-of-00008.safetensors": sorted(tensors)[i::8] for i in range(8)}
+    for shard, held in names.items():
+        save_file({name: tensors[name] for name in held}, folder / shard, {"format": "pt"})
+    weight_map = {name: shard for shard, held in names.items() for name in held}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map})
+    )
+    return folder
+
+
+def written(folder: Path) -> dict[str, tuple[int, int]]:
+    """The shards that have their names in a folder that is being built, with inode and time."""
+    shards = folder.glob(".output.normconvert-*/model-*.safetensors")
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
+
+
+def broken_off(bench: Bench, number: str, *options: str) -> dict[str, tuple[int, int]]:
+    """Break a conversion off when some shards are complete; these shards."""
+    process = bench.start(*options, model="sharded")
+    while len(written(bench.folder)) < 3:
+        time.sleep(0.0005)
+    os.kill(process, signal.Signals[number])
+    bench.finish()
+    assert not bench.output.exists()
+    return written(bench.folder)
+
+
+def in_output(bench: Bench) -> dict[str, tuple[int, int]]:
+    shards = bench.output.glob("model-*.safetensors")
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards}
+
+
+@pytest.mark.usefixtures("sharded")
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
+def test_resume(number: str, bench: Bench) -> None:
+    whole = bench.folder / "whole-sharded"
+    shutil.rmtree(bench.output, ignore_errors=True)
+    if not whole.exists():
+        bench.start(model="sharded")
+        assert bench.finish()[0] == 0
+        bench.output.rename(whole)
+    before = broken_off(bench, number, "--resume")
+    assert 3 <= len(before) < 8
+    for torn in bench.folder.glob(".output.normconvert-*/*.partial"):
+        torn.write_bytes(b"torn")
+    bench.start("--resume", model="sharded")
+    assert bench.finish()[0] == 0
+    assert before.items() <= in_output(bench).items()
+    assert state(bench.output, whole) == "new"
+    assert bench.leftovers() == []
+
+
+@pytest.mark.parametrize("change", ["nothing", "options", "source", "a shard"])
+def test_what_is_not_resumed(change: str, bench: Bench, sharded: Path) -> None:
+    """Without the option; or with others, or if the source or the shard has changed since."""
+    shutil.rmtree(bench.output, ignore_errors=True)
+    before = broken_off(bench, "SIGKILL")
+    name = min(before)
+    if change == "source":
+        os.utime(sharded / name)
+    if change == "a shard":
+        (path,) = bench.folder.glob(f".output.normconvert-*/{name}")
+        path.write_bytes(b"torn")
+    options = {"nothing": [], "options": ["--resume", "--dtype", "float32"]}
+    bench.start(*options.get(change, ["--resume"]), model="sharded")
+    assert bench.finish()[0] == 0
+    assert in_output(bench)[name] != before[name]
+    if change != "a shard":
+        assert before.items().isdisjoint(in_output(bench).items())
+    assert bench.leftovers() == []
+
+
 def test_a_whole_process(model: Path, tmp_path: Path) -> None:
     """From Python's start to its end, interrupted as soon as it writes, by an impatient user."""
     arguments = ["flashnorm", str(model), "-o", "output", "--no-verify"]
     with subprocess.Popen(
         [*COMMAND, *arguments], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     ) as process:
-        while not list(tmp_path.glob(".output.normconvert-*/model.safetensors")):
+        while not list(tmp_path.glob(".output.normconvert-*/*.partial")):
             assert process.poll() is None
             time.sleep(0.001)
         for _ in range(5):

@@ -35,6 +35,9 @@ NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with a conversion that was broken off.")
+]
 Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
 Tied = Annotated[
     Literal["keep", "untie"],

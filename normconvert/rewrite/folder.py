@@ -24,6 +24,7 @@ MANIFEST = "normconvert.json"
 
 _STAGED = re.compile(r"\.(?P<name>.+)\.normconvert-(?P<process>\d+)-[0-9a-f]+(?P<old>-old)?")
 """A conversion into NAME by that process, or the older output that it is about to replace."""
+_OLD = "-old"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Staged:
         """
         try:
             _sync(self.path)
-            old = self.path.with_name(self.path.name + "-old")
+            old = self.path.with_name(self.path.name + _OLD)
             with _undisturbed():
                 if self.output.exists():  # now, whatever was there in the beginning
                     _require_replaceable(self.output, force=self.force)
@@ -107,11 +108,12 @@ def files_in(folder: Path) -> list[str]:
 
 
 @contextmanager
-def stage(output: Path, *, force: bool) -> Iterator[Staged]:
-    """A new folder beside `output`; removed at the end unless it was committed.
+def stage(output: Path, *, force: bool, resume: bool = False) -> Iterator[Staged]:
+    """A folder beside `output` to build it in; removed at the end unless it was committed.
 
     What killed runs left behind beside `output` is removed, or put back if it is the older
-    output itself.
+    output itself. With `resume` the folder is the latest of what they left, and it stays if this
+    run is broken off in its turn.
 
     Raises:
         RewriteError: the place cannot be written.
@@ -122,18 +124,35 @@ def stage(output: Path, *, force: bool) -> Iterator[Staged]:
     missing = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _clean(output)
-        path.mkdir()
+        left = _left_behind(output)
+        begun = [each for each in left if not each.name.endswith(_OLD)]
+        if resume and begun:
+            max(begun, key=lambda each: each.stat().st_mtime_ns).rename(path)
+        for each in left:
+            shutil.rmtree(each, ignore_errors=True)
+        path.mkdir(exist_ok=True)
     except OSError as error:
         raise cannot_write(output, error) from error
+    kept = False
     try:
         yield Staged(path, output, force)
+    except Exception:
+        raise
+    except BaseException:  # broken off, not failed
+        kept = resume
+        raise
     finally:
-        with _undisturbed():
-            shutil.rmtree(path, ignore_errors=True)
-            with suppress(OSError):  # they hold the output, or another's
-                for folder in missing:
-                    folder.rmdir()
+        if not kept:
+            _remove(path, missing)
+
+
+def _remove(path: Path, missing: list[Path]) -> None:
+    """Remove the folder `path`, and those that were made for it."""
+    with _undisturbed():
+        shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):  # they hold the output, or another's
+            for folder in missing:
+                folder.rmdir()
 
 
 def cannot_write(path: Path, error: OSError) -> NormconvertError:
@@ -146,18 +165,24 @@ def cannot_write(path: Path, error: OSError) -> NormconvertError:
     )
 
 
-def _clean(output: Path) -> None:
+def _left_behind(output: Path) -> list[Path]:
+    """What killed runs were building beside `output`. An older output that they moved is put back.
+
+    It is removed if the new one had taken its place.
+    """
+    found = []
     for path in output.parent.iterdir():
-        found = _STAGED.fullmatch(path.name)
-        if found is None or found["name"] != output.name:
+        match = _STAGED.fullmatch(path.name)
+        if match is None or match["name"] != output.name:
             continue
-        process = int(found["process"])
+        process = int(match["process"])
         if process != os.getpid() and _alive(process):  # ours anew: as in every container
             continue
-        if found["old"] and not output.exists():
+        if match["old"] and not output.exists():
             path.rename(output)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            found.append(path)
+    return found
 
 
 def _alive(process: int) -> bool:

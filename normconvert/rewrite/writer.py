@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.resources import as_file, files
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 16 << 20
 _KEPT_BYTES = 16 << 20  # once that is freed, glibc's malloc keeps smaller blocks mapped
 _NOT_SUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_BEGUN = ".normconvert-begun.json"  # of what conversion a folder holds the first shards
+_PARTIAL = ".partial"  # a shard that is being written
 _LEFT_OUT = frozenset({".git", ".cache"})  # of a clone or a download, not of the checkpoint
 
 
@@ -40,9 +43,10 @@ def write(
     manifest: dict[str, Any],
     listen: Listener,
 ) -> None:
-    """Write the checkpoint that `plan` describes, and `manifest`, into the empty `folder`.
+    """Write the checkpoint that `plan` describes, and `manifest`, into `folder`.
 
-    The manifest gets the list of the other files.
+    The manifest gets the list of the other files. The folder is empty, or holds what was written
+    of the same conversion before it was broken off: its complete shards stay.
 
     Raises:
         RewriteError: the disk is full or not writable, a value does not fit its dtype, or the
@@ -50,11 +54,17 @@ def write(
     """
     layouts = lay_out(plan, checkpoint)
     try:
-        _require_space(folder, sum(layout.size for layout in layouts))
+        conversion = _conversion(layouts, manifest)
+        kept = _complete(layouts, folder, conversion)
+        _empty(folder, keeping=kept)
+        (folder / _BEGUN).write_text(conversion)
+        missing = tuple(layout for layout in layouts if layout.shard.name not in kept)
+        _require_space(folder, sum(layout.size for layout in missing))
         _copy_files(checkpoint, folder)
         _write_config(plan, checkpoint, folder)
-        _write_shards(layouts, checkpoint, folder, listen)
+        _write_shards(missing, checkpoint, folder, listen)
         _write_index(layouts, checkpoint, folder)
+        (folder / _BEGUN).unlink()
         whole = {**manifest, "files": files_in(folder)}
         (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n")
     except OSError as error:
@@ -89,6 +99,40 @@ def rules_in_manifest(checkpoint: Checkpoint) -> tuple[str, ...]:
         return tuple(plan["rules"])
     except (SourceError, KeyError, TypeError):
         return ()
+
+
+def _conversion(layouts: tuple[Layout, ...], manifest: dict[str, Any]) -> str:
+    """What tells this conversion from every other: the plan, and which files it reads."""
+    read = {}
+    for layout in layouts:
+        found = layout.shard.path.stat()
+        read[str(layout.shard.path.resolve())] = [found.st_size, found.st_mtime_ns]
+    return json.dumps({"manifest": manifest, "read": read})
+
+
+def _complete(layouts: tuple[Layout, ...], folder: Path, conversion: str) -> set[str]:
+    """The shards of this `conversion` that are in `folder` already.
+
+    A shard has its name once all of it is written.
+    """
+    begun = folder / _BEGUN
+    if not begun.is_file() or begun.read_text() != conversion:
+        return set()
+    return {layout.shard.name for layout in layouts if _is_complete(layout, folder)}
+
+
+def _is_complete(layout: Layout, folder: Path) -> bool:
+    path = folder / layout.shard.name
+    if not path.is_file() or path.stat().st_size != layout.size:
+        return False
+    with path.open("rb") as file:
+        return file.read(len(layout.header)) == layout.header
+
+
+def _empty(folder: Path, *, keeping: set[str]) -> None:
+    for name in files_in(folder):
+        if name not in keeping:
+            (folder / name).unlink()
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -157,23 +201,39 @@ def _write_shards(
     total = sum(placed.nbytes for layout in layouts for placed in layout.tensors)
     done = 0
     for layout in layouts:
-        _create(folder / layout.shard.name, layout)
+        _create(folder / f"{layout.shard.name}{_PARTIAL}", layout)
     torch.empty(_KEPT_BYTES, dtype=torch.uint8)
     with ExitStack() as stack:
         evaluator = stack.enter_context(Evaluator(checkpoint))
         stack.enter_context(_one_torch_thread())
         pool = ThreadPoolExecutor(os.cpu_count())
         stack.callback(pool.shutdown, cancel_futures=True)
-        futures = [
-            pool.submit(
-                _write_spans, spans, evaluator, layout.shard.path, folder / layout.shard.name
-            )
-            for layout in layouts
-            for spans in batches(layout, _BATCH_BYTES)
-        ]
+        futures: dict[Future[int], Path] = {}
+        for layout in layouts:
+            target = folder / layout.shard.name
+            partial = target.with_name(f"{target.name}{_PARTIAL}")
+            for spans in batches(layout, _BATCH_BYTES):
+                job = pool.submit(_write_spans, spans, evaluator, layout.shard.path, partial)
+                futures[job] = target
+        waiting = Counter(futures.values())
+        for empty in {folder / layout.shard.name for layout in layouts} - set(waiting):
+            _finish(empty, durably=False)
         for future in as_completed(futures):
             done += future.result()
             listen(Event("writing", done, total))
+            target = futures[future]
+            waiting[target] -= 1
+            if not waiting[target]:
+                _finish(target, durably=waiting.total() > 0)
+
+
+def _finish(shard: Path, *, durably: bool) -> None:
+    """Give a shard that is complete its name; the last one reaches the disk with the folder."""
+    partial = shard.with_name(f"{shard.name}{_PARTIAL}")
+    if durably:  # or another run would take it for complete after the machine has failed
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    partial.rename(shard)
 
 
 def _create(path: Path, layout: Layout) -> None:
