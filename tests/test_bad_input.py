@@ -240,6 +240,8 @@ BAD_SHARDS: dict[str, Case] = {
     "dots": entry(".."),
     "nothing": entry(""),
     "null character": entry("a\0b"),
+    "line break": entry("model\n.safetensors"),
+    "escape": entry("\x1b[2Jmodel.safetensors"),
 }
 
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +123,8 @@ class Bench:
         return int(self.server.stdout.readline())
 
     def leftovers(self) -> list[str]:
-        names = {path.name for path in self.folder.iterdir()}
-        return sorted(names - {"model", "sharded", "output", "whole", "whole-sharded", "said"})
+        names = {path.name for path in self.folder.iterdir() if not path.name.startswith("whole")}
+        return sorted(names - {"model", "sharded", "output", "said"})
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,12 @@ def catches(process: int, number: int) -> bool:
     return bool(int(caught[1], 16) >> (number - 1) & 1) or "State:\tZ" in status
 
 
+def put_older(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "normconvert.json").write_text('{"files": ["old"]}')
+    (folder / "old").write_text("")
+
+
 def state(folder: Path, whole: Path) -> str:
     if not folder.exists():
         return "absent"
@@ -182,9 +188,7 @@ def test_at_any_moment(number: str, force: bool, bench: Bench) -> None:
     for low, high in ((0.0, 0.3), (0.3, 0.7), (0.5, 0.9), (0.9, 1.1)):
         shutil.rmtree(bench.output, ignore_errors=True)
         if force:
-            bench.output.mkdir()
-            (bench.output / "normconvert.json").write_text('{"files": ["old"]}')
-            (bench.output / "old").write_text("")
+            put_older(bench.output)
         process = bench.start(*(["--force"] if force else []))
         time.sleep(random.uniform(low, high) * bench.seconds)
         os.kill(process, signal.Signals[number])
@@ -254,7 +258,7 @@ def in_output(bench: Bench) -> dict[str, tuple[int, int]]:
 @pytest.mark.usefixtures("sharded")
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGTERM"])
 def test_resume(number: str, bench: Bench) -> None:
-    whole = bench.folder / "whole-sharded"
+    whole = bench.folder / "whole-resumed"
     shutil.rmtree(bench.output, ignore_errors=True)
     if not whole.exists():
         bench.start(model="sharded")
@@ -288,6 +292,45 @@ def test_what_is_not_resumed(change: str, bench: Bench, sharded: Path) -> None:
     assert in_output(bench)[name] != before[name]
     if change != "a shard":
         assert before.items().isdisjoint(in_output(bench).items())
+    assert bench.leftovers() == []
+
+
+LAYOUTS: Mapping[str, tuple[str, list[str]]] = {
+    "stock": ("model", []),
+    "native": ("model", ["--format", "native"]),
+    "sharded": ("sharded", []),
+}
+
+
+@pytest.mark.usefixtures("sharded")
+@pytest.mark.timeout(3600)
+def test_many_kills(bench: Bench) -> None:
+    """Over every layout, over nothing or an older output, resumed or anew."""
+    wholes = {}
+    for name, (model, options) in LAYOUTS.items():
+        shutil.rmtree(bench.output, ignore_errors=True)
+        bench.start(*options, model=model)
+        assert bench.finish()[0] == 0
+        wholes[name] = bench.output.rename(bench.folder / f"whole-{name}")
+    for i in range(int(os.environ.get("KILLS", "6"))):
+        name = random.choice([*LAYOUTS])
+        model, options = LAYOUTS[name]
+        force, resume = random.random() < 0.5, random.random() < 0.5
+        shutil.rmtree(bench.output, ignore_errors=True)
+        if force:
+            put_older(bench.output)
+        given = [*options, *(["--force"] if force else []), *(["--resume"] if resume else [])]
+        process = bench.start(*given, model=model)
+        time.sleep(random.uniform(0, 1.1) * bench.seconds)
+        os.kill(process, signal.SIGKILL)
+        bench.finish()
+        may_be = ("absent", "new", "old") if force else ("absent", "new")
+        assert state(bench.output, wholes[name]) in may_be, (i, given)
+        assert all(re.fullmatch(LEFTOVER, each) for each in bench.leftovers()), (i, given)
+    shutil.rmtree(bench.output, ignore_errors=True)
+    bench.start("--resume", model="sharded")
+    assert bench.finish()[0] == 0
+    assert state(bench.output, wholes["sharded"]) == "new"
     assert bench.leftovers() == []
 
 

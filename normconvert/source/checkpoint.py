@@ -145,7 +145,7 @@ def _check_shard_name(folder: Path, name: str) -> None:
     simple = (
         os.path.basename(name) == name and len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
     )
-    if name in ("", ".", "..") or not simple or set(name) & {"\\", "\0"}:
+    if name in ("", ".", "..") or not simple or "\\" in name or not name.isprintable():
         shown = name if len(name) <= _LONGEST_NAME else f"{name[:40]}..."
         raise SourceError(
             f"{folder / INDEX_FILE} names {shown!r}, which is not a file beside it; "
