@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,12 +23,12 @@ class _Widen(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Replaces every narrower floating dtype that an operator is asked for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(_widened, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        given = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_widened, args), **given)
 
 
 def _widened(argument: object) -> object:
-    return torch.float64 if argument in _NARROW and isinstance(argument, torch.dtype) else argument
+    return torch.float64 if isinstance(argument, torch.dtype) and argument in _NARROW else argument
 
 
 def computing_in(dtype: torch.dtype) -> AbstractContextManager[None]:
