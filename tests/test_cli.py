@@ -471,13 +471,29 @@ def test_the_page(converted: Path, originals: Path, tmp_path: Path) -> None:
     odd = Path(shutil.copytree(originals / "other", tmp_path / "<b>odd & ends"))
     assert verify(tmp_path, originals / "llama", odd, "--report", bad).status == 1
     for path, words in (
-        (good, ["<h1 class='good'>Equivalent", "Certificate: valid", "7 rewritten norms"]),
-        (bad, ["<h1 class='bad'>Not equivalent", "part at <code>model.layers.0", "&lt;b&gt;odd"]),
+        (
+            good,
+            [
+                "<h1 class='good'>Equivalent",
+                "Certificate: valid",
+                "7 rewritten norms",
+                "all of 16 tokens are the same",
+            ],
+        ),
+        (
+            bad,
+            [
+                "<h1 class='bad'>Not equivalent",
+                "part at <code>model.layers.0",
+                "&lt;b&gt;odd",
+                "of 16 tokens are the same",
+            ],
+        ),
     ):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"https?:|<script|<link|<img|@import|url\(", text)
         assert all(word in text for word in words)
-        assert text.count("<svg") == 3  # the layers, and how the logits differ on both sets
+        assert text.count("<svg") == 4  # the layers, and how the logits differ on three sets
         assert "nan" not in text.lower()
         counter = Counter(re.findall(r"<(/?[a-z0-9]+)", text))
         for tag in ("table", "tr", "td", "th", "svg", "details", "p", "h2", "code", "body"):
@@ -495,7 +511,12 @@ def test_verify_the_first_run(converted: Path, originals: Path, tmp_path: Path) 
     assert on_stdout.json() == document
     assert document["equivalent"] is True
     assert document["dtype"] == "float64"
-    assert [comparison["tokens"] for comparison in document["comparisons"]] == ["text", "random"]
+    found = [comparison["tokens"] for comparison in document["comparisons"]]
+    assert found == ["text", "random", "token by token"]
+    generation = document["generation"]
+    assert generation["original"] == generation["converted"]
+    assert (generation["tokens"], generation["same"]) == (16, 16)
+    assert f"both write {generation['original']!r}." in result.out
     for comparison in document["comparisons"]:
         assert 0 < comparison["max"] <= 4 * comparison["floor_max"] < 1e-4
         assert comparison["top1"] == 1

@@ -30,21 +30,20 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]  # transformers imports it
         return forced.scatter(1, self._ids[:, input_ids.shape[1], None], 0.0)
 
 
-def stepwise_ids(model: Any, inputs: dict[str, Any]) -> torch.Tensor | None:
-    """The tokens to take such steps on, [sequences, PROMPT + STEPS]; None if the model takes none.
+def tokens_to_step(
+    model: Any, sets: dict[str, dict[str, Any]]
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """What to generate from, [1, PROMPT], and the tokens to step on, [sequences, PROMPT + STEPS].
 
-    They are the first of its plain `inputs`, if these are tokens, and enough.
+    The first ones of the first of the inputs `sets`, and of the last; None if these are no tokens,
+    or not enough, or the model takes no such steps.
     """
-    ids = inputs.get("input_ids")
-    if ids is None or ids.shape[1] < PROMPT + STEPS or not model.can_generate():
-        return None
-    chosen: torch.Tensor = ids[:, : PROMPT + STEPS]
-    try:
-        with torch.no_grad(), computing_in(model.dtype):
-            stepwise_logits(model, chosen)
-    except Exception:  # a model's own code may raise anything, and need not generate by itself
-        return None
-    return chosen
+    first, last = (inputs.get("input_ids") for inputs in ([*sets.values()][i] for i in (0, -1)))
+    if first is None or last is None or not model.can_generate():
+        return None, None
+    if min(first.shape[1], last.shape[1]) < PROMPT + STEPS:
+        return None, None
+    return first[:1, :PROMPT], last[:, : PROMPT + STEPS]
 
 
 def stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -56,22 +55,31 @@ def stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(output.logits)
 
 
-def continuation(model: Any, prompt: torch.Tensor) -> tuple[int, ...]:
-    """The GREEDY tokens that `model` finds the likeliest after `prompt`, [1, length]."""
-    with torch.no_grad(), computing_in(model.dtype):
-        output = _generated(model, prompt, GREEDY, [])
+def continuation(model: Any, prompt: torch.Tensor) -> tuple[int, ...] | None:
+    """The GREEDY tokens that `model` finds the likeliest after `prompt`, [1, length].
+
+    None if it does not generate by itself.
+    """
+    try:
+        with torch.no_grad(), computing_in(model.dtype):
+            output = _generated(model, prompt, GREEDY, [])
+    except Exception:  # a model's own code may raise anything
+        return None
     return tuple(output.sequences[0, prompt.shape[1] :].tolist())
 
 
 def side_by_side(
     checkpoint: Checkpoint,
-    prompt: torch.Tensor,
-    written: Sequence[tuple[int, ...]],
+    prompt: torch.Tensor | None,
+    written: Sequence[tuple[int, ...] | None],
     trust_remote_code: bool,
-) -> Generation:
+) -> Generation | None:
     """What two models have `written` after `prompt`, [1, length], for a person to compare."""
     one, other = written
-    texts = (as_text(checkpoint, ids, trust_remote_code) for ids in (prompt[0].tolist(), *written))
+    if prompt is None or one is None or other is None:
+        return None
+    said = (prompt[0].tolist(), one, other)
+    texts = (as_text(checkpoint, ids, trust_remote_code) for ids in said)
     before, original, converted = texts
     unlike = (i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
     return Generation(

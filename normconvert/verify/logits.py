@@ -20,11 +20,10 @@ from normconvert.precision import computing_in
 from normconvert.quiet import quiet
 from normconvert.torch_dtypes import TORCH_DTYPE
 from normconvert.verify.decoding import (
-    PROMPT,
     continuation,
     side_by_side,
-    stepwise_ids,
     stepwise_logits,
+    tokens_to_step,
 )
 from normconvert.verify.layers import distances, layer_states
 from normconvert.verify.loading import load_model
@@ -89,15 +88,16 @@ def compare(
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code, other=converted)
         generates = "AutoModelForCausalLM" in auto_classes(type(model), model.config)
-        steps = stepwise_ids(model, [*sets.values()][-1])
+        prompt, steps = tokens_to_step(model, sets)
+        written = [None if prompt is None else continuation(model, prompt)]
+        if written[0] is None:  # it does not generate by itself
+            prompt = steps = None
         reference, reference_states = run.outputs(model, sets, steps)
-        prompt = None if steps is None else next(iter(sets.values()))["input_ids"][:1, :PROMPT]
-        written = [] if prompt is None else [continuation(model, prompt)]
         before, sizes = _digests(model), shapes(model)
         del model
         model = run.load(converted)
         candidate, states = run.outputs(model, sets, steps)
-        written += [] if prompt is None else [continuation(model, prompt)]
+        written += [None if prompt is None else continuation(model, prompt)]
         _refuse_other_shapes(reference, candidate)
         after = _digests(model)
         resized = any(sizes.get(name, shape) != shape for name, shape in shapes(model).items())
@@ -144,9 +144,7 @@ def compare(
         comparisons=comparisons,
         certificate=certificate,
         algebra=algebra,
-        generation=None
-        if prompt is None
-        else side_by_side(original, prompt, written, trust_remote_code),
+        generation=side_by_side(original, prompt, written, trust_remote_code),
         layers=layers,
         parts_at=None if equivalent else next(apart, None),
         notes=(*notes, *([] if certificate else _config_notes(original.config, converted.config))),
