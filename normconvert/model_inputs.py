@@ -103,8 +103,8 @@ def optional_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str
     found: dict[str, Any] = {}
     if accepted.isdisjoint(MAIN_INPUTS):
         return found
-    if main_input(model) == "input_ids" and "decoder_input_ids" not in accepted:
-        size = model.config.get_text_config().hidden_size
+    size = getattr(model.config.get_text_config(), "hidden_size", None)
+    if size and main_input(model) == "input_ids" and "decoder_input_ids" not in accepted:
         states = torch.zeros(batch, length, size, dtype=model.dtype)
         known = {"encoder_hidden_states": states, "encoder_outputs": (states,)}
         found |= {name: given for name, given in known.items() if name in accepted}

@@ -725,7 +725,7 @@ def noticed(name: str, dtype: str, sabotage: Sabotage, folder: Path) -> list[boo
     ("name", "compared"),
     [
         ("whisper", ["spectra"]),
-        ("pegasus", ["random"]),
+        ("pegasus", ["random", "token by token"]),
         ("clip_text_model", ["random", "random, pooled"]),
         ("clip_vision_model", ["images", "images, pooled"]),
         ("vit_classifier", ["images"]),

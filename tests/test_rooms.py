@@ -28,7 +28,7 @@ ALLOWED = {
     "trace": {*SHARED, "trace", *MODELS},
     "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", *MODELS},
-    "train": {"errors", "ir", "nn", "rules", "trace"},
+    "train": {"errors", "ir", "model_class", "nn", "rules", "trace"},
     "model_class": {*SHARED, "nn"},
     "model_inputs": SHARED,
     "precision": set[str](),

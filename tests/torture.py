@@ -1,9 +1,9 @@
 """Small models that no architecture resembles: every way a gain may, or may not, be read.
 
 One class for all. A `Case` is a function from the model and the embedded tokens x to what the
-output head reads, with a few lines each; the model holds the same modules for every case, and
-what a case does not use is in its checkpoint but never read. `folds` are the norms whose gain
-provably can move; None where a proof exists but finding it is not required.
+output head reads, with a few lines each. The model offers the same modules to every case, and
+holds those that it uses: what no pass reads might read a norm, and would keep it. `folds` are the
+norms whose gain provably can move; None where a proof exists but finding it is not required.
 
 Hidden size 12 and heads of 4 leave room for squares; every other axis has its own size.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -71,7 +74,7 @@ class Torture(PreTrainedModel):  # type: ignore[misc]
     norm: Any
     other: Any
 
-    def __init__(self, config: TortureConfig) -> None:
+    def __init__(self, config: TortureConfig, *, whole: bool = False) -> None:
         super().__init__(config)
         which = CASES[config.case]
         self._tied_weights_keys = dict(which.tied)
@@ -93,6 +96,9 @@ class Torture(PreTrainedModel):  # type: ignore[misc]
         self.experts = nn.Parameter(torch.empty(LOW, HIDDEN, HIDDEN))
         self.register_buffer("stored", torch.empty(HIDDEN))
         self.head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+        if not whole:
+            for name in idle_members(config.case):
+                delattr(self, name)
         self.post_init()
 
     def forward(
@@ -101,6 +107,37 @@ class Torture(PreTrainedModel):  # type: ignore[misc]
         found = CASES[self.config.case].forward(self, self.embed(input_ids))
         hidden, extra = found if isinstance(found, tuple) else (found, None)
         return CausalLMOutput(logits=self.head(hidden), hidden_states=extra)
+
+
+class _Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which tensors some operation reads."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tensors: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_leaves((args, kwargs or {}))
+        self.tensors |= {id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def idle_members(case: str) -> tuple[str, ...]:
+    """The members of the model that the case does not use on any input."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        model = Torture(TortureConfig(case=case), whole=True).eval()
+        for tensor in (*model.parameters(), model.stored):
+            torch.nn.init.ones_(tensor)
+        called: set[str] = set()
+        for name, member in model.named_children():  # a norm may be called and its gain not read
+            member.register_forward_hook(lambda *_, name=name: called.add(name))
+        with _Used() as used, torch.no_grad():
+            for length in (2, 7, 40):
+                model(torch.zeros((2, length), dtype=torch.int64))
+    names = {path.partition(".")[0] for path, _ in model.named_parameters()}
+    read = {p.partition(".")[0] for p, each in model.named_parameters() if id(each) in used.tensors}
+    return tuple(sorted(names - read - called))
 
 
 AutoConfig.register("torture", TortureConfig)
