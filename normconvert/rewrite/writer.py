@@ -32,7 +32,6 @@ _BATCH_BYTES = 16 << 20
 _KEPT_BYTES = 16 << 20  # once that is freed, glibc's malloc keeps smaller blocks mapped
 _NOT_SUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _BEGUN = ".normconvert-begun.json"  # of what conversion a folder holds the first shards
-_PARTIAL = ".partial"  # a shard that is being written
 _LEFT_OUT = frozenset({".git", ".cache"})  # of a clone or a download, not of the checkpoint
 
 
@@ -201,7 +200,7 @@ def _write_shards(
     total = sum(placed.nbytes for layout in layouts for placed in layout.tensors)
     done = 0
     for layout in layouts:
-        _create(folder / f"{layout.shard.name}{_PARTIAL}", layout)
+        _create(_partial(folder / layout.shard.name), layout)
     torch.empty(_KEPT_BYTES, dtype=torch.uint8)
     with ExitStack() as stack:
         evaluator = stack.enter_context(Evaluator(checkpoint))
@@ -211,10 +210,9 @@ def _write_shards(
         futures: dict[Future[int], Path] = {}
         for layout in layouts:
             target = folder / layout.shard.name
-            partial = target.with_name(f"{target.name}{_PARTIAL}")
             for spans in batches(layout, _BATCH_BYTES):
-                job = pool.submit(_write_spans, spans, evaluator, layout.shard.path, partial)
-                futures[job] = target
+                given = (spans, evaluator, layout.shard.path, _partial(target))
+                futures[pool.submit(_write_spans, *given)] = target
         waiting = Counter(futures.values())
         for empty in {folder / layout.shard.name for layout in layouts} - set(waiting):
             _finish(empty, durably=False)
@@ -229,11 +227,15 @@ def _write_shards(
 
 def _finish(shard: Path, *, durably: bool) -> None:
     """Give a shard that is complete its name; the last one reaches the disk with the folder."""
-    partial = shard.with_name(f"{shard.name}{_PARTIAL}")
     if durably:  # or another run would take it for complete after the machine has failed
-        with partial.open("rb") as file:
+        with _partial(shard).open("rb") as file:
             os.fsync(file.fileno())
-    partial.rename(shard)
+    _partial(shard).rename(shard)
+
+
+def _partial(shard: Path) -> Path:
+    """Where a shard is while it is being written."""
+    return shard.with_name(f"{shard.name}.partial")
 
 
 def _create(path: Path, layout: Layout) -> None:

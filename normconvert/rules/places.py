@@ -70,20 +70,24 @@ def unread(graph: Graph, size: int) -> tuple[str, ...]:
     return tuple(p for p in graph.unread_parameters if size in graph.values[known[p]].shape)
 
 
-def unread_beside(graph: Graph, values: Collection[int], size: int) -> str | None:
+def unread_beside(graph: Graph, values: frozenset[int], size: int) -> str | None:
     """A parameter that code which did not run in the trace may read `values`, of that size, with.
 
     That is code of a module that has one of the values at hand: it made it, was given it, or got it
     back from another module.
     """
+    candidates = tuple(_unread_readers(graph, size))
+    if not candidates:
+        return None
     called = {call.module for call in graph.calls}
     seeing = {_nearest(called, graph.nodes[i].module) for i in _touching(graph, values)}
     for call in graph.calls:
-        if not set(values).isdisjoint([*call.outputs, *(value for _, value in call.inputs)]):
-            seeing.add(_caller(called, call.module))
-        if not set(values).isdisjoint(value for _, value in call.inputs):
+        given = not values.isdisjoint(value for _, value in call.inputs)
+        if given:
             seeing.add(call.module)
-    for name in _unread_readers(graph, size):
+        if given or not values.isdisjoint(call.outputs):
+            seeing.add(_caller(called, call.module))
+    for name in candidates:
         place = _caller(called, name)
         # Which member of a list runs, the code says by itself unless it looks at data.
         if place in seeing and (graph.searched or not _another_is_read(graph, place, name)):
@@ -116,7 +120,7 @@ def _another_is_read(graph: Graph, place: str, name: str) -> bool:
     return any(pattern.fullmatch(each) for each in read)
 
 
-def _touching(graph: Graph, values: Collection[int]) -> set[int]:
+def _touching(graph: Graph, values: frozenset[int]) -> set[int]:
     """The nodes that make or read one of the `values`."""
     made = {graph.producers[value] for value in values if value in graph.producers}
     return made.union(*(graph.consumers.get(value, ()) for value in values))

@@ -8,6 +8,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from normconvert.model_inputs import main_shape, towers
+from normconvert.trace.caches import forgetting
 from normconvert.trace.naming import readable_numbers
 from normconvert.trace.recorder import Recorder
 
@@ -46,7 +47,7 @@ def for_images(model: PreTrainedModel, batch: int, length: int) -> tuple[str, ..
         ]
         recorder = Recorder()
         try:
-            with torch.device(model.device), readable_numbers(), recorder:
+            with torch.device(model.device), forgetting(model), readable_numbers(), recorder:
                 parts[-1].get_image_features(torch.zeros(main_shape(tower, batch, length)))
         except Exception:  # foreign code, that may want more than the images
             continue
