@@ -1,6 +1,6 @@
 """How long the norms take on this CPU: median times, and ratios to the LayerNorm they replace.
 
-python scripts/bench_norms.py [--threads N] [--dtype float32] [--fused] [--json]
+python scripts/bench_norms.py [--threads N] [--dtype float32] [--json]
 
 Runs alternate with the baseline's, so what else the machine does falls on both alike.
 """
@@ -23,7 +23,6 @@ from normconvert.nn import (
     DeferredRMSNormLinear,
     PartialRMSNorm,
     RMSNorm,
-    load_fused_norms,
     recenter,
 )
 
@@ -105,12 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--fused", action="store_true", help="with the optional kernel")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.fused:
-        load_fused_norms()
     rows = []
     for shape in SHAPES:
         cases = norms(shape, getattr(torch, options.dtype))

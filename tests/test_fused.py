@@ -1,9 +1,10 @@
-"""The optional kernel: what it computes, and that it keeps out where its work would be missed."""
+"""The kernel: what it computes, and that it keeps out where its work would be missed."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-import normconvert
-from normconvert.nn import CRMSNorm, PartialRMSNorm, RMSNorm, load_fused_norms
-from normconvert.nn.modeling_normconvert import FUSED
+from normconvert.nn import CRMSNorm, PartialRMSNorm, RMSNorm
+from normconvert.nn import modeling_normconvert as modeling
 
 EPS = 1e-5
 # Half a unit in the last place of each, relative, plus what float32 loses on the way.
@@ -21,15 +21,10 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 
 SIZES = (1, 2, 7, 31, 64, 100, 768)  # the kernel's rows have a head in lanes, and a tail
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled once for all workers; away again for the tests of other modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        shared = tmp_path_factory.getbasetemp().parent
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(shared / "extensions"))
-        load_fused_norms()
-        yield
-        del sys.modules[FUSED]
+@pytest.fixture(autouse=True)
+def kernel() -> None:
+    """Without it these tests would show nothing."""
+    assert modeling._kernel() is not None
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -58,17 +53,15 @@ def norms(d: int) -> list[nn.Module]:
 
 def counted(norm: nn.Module, x: torch.Tensor, patch: pytest.MonkeyPatch) -> tuple[Any, int]:
     """What the norm gives, and how often that came from the kernel."""
-    kernel, taken = sys.modules[FUSED], []
+    kernel, taken = modeling._kernel(), []
+    assert kernel is not None
 
-    class Counting:
-        @staticmethod
-        def norm(*arguments: object) -> object:
-            result = kernel.norm(*arguments)
-            taken.append(result is not None)
-            return result
+    def counting(*arguments: Any) -> int:
+        taken.append(kernel(*arguments))
+        return taken[-1]
 
     with patch.context() as context:
-        context.setitem(sys.modules, FUSED, Counting)
+        context.setattr(modeling, "_kernel", lambda: counting)
         return norm(x), sum(taken)
 
 
@@ -160,8 +153,38 @@ def test_what_traces_operations_sees_them() -> None:
     assert torch.allclose(rows, norm(other), atol=1e-6)
 
 
-def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(normconvert.NormconvertError, match="everything works without them"):
-        load_fused_norms()
+COUNT = """
+import torch
+from normconvert.nn import RMSNorm, modeling_normconvert as modeling
+x = torch.randn(3, 8)
+with torch.no_grad():
+    y = RMSNorm(8, 1e-5)(x)
+assert torch.allclose(y, x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+print(modeling._kernel() is not None)
+"""
+
+
+def run(cache: Path, path: str | None = None) -> bool:
+    """Whether a new process has the kernel; it computes the norm either way."""
+    environment = {"XDG_CACHE_HOME": str(cache), "PATH": path or os.environ["PATH"]}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    return done.stdout.strip() == "True"
+
+
+def test_it_is_compiled_once(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    assert not run(tmp_path, path=nowhere)
+    assert run(tmp_path)
+    (kept,) = (tmp_path / "normconvert").iterdir()
+    assert run(tmp_path, path=nowhere)  # needs no compiler any more
+    kept.write_bytes(b"damaged")
+    assert not run(tmp_path)
+
+
+def test_where_nothing_can_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "normconvert").touch()
+    assert run(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["normconvert"]

@@ -54,6 +54,12 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 every_module = pytest.mark.parametrize(("make", "size"), MODULES.values(), ids=list(MODULES))
 
 
+@pytest.fixture(autouse=True)
+def operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the kernel, as where there is no compiler; test_fused.py is about the kernel."""
+    monkeypatch.setattr(modeling_normconvert, "_kernel", lambda: None)
+
+
 def made(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> nn.Module:
     """The module with random parameters, signs included."""
     module = make().to(dtype)
@@ -259,6 +265,19 @@ def test_zero_mean_changes_nothing_but_the_rounding(rows: int, gain: bool, bias:
     near(fast(x), plain(x), 1e-6)
     # It is LayerNorm that runs, so a mean would be removed.
     near(fast(x + 1), plain(x), 2e-6)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_torch_s_own_fused_norm(
+    dtype: torch.dtype, gain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on a GPU, here on the CPU: the same formula, one call."""
+    monkeypatch.setattr(modeling_normconvert, "_has_fused_rms_norm", lambda norm, x: True)
+    norm = made(partial(RMSNorm, D, EPS, gain=gain), dtype)
+    x = torch.randn(7, D).to(dtype)
+    exact = norm.double()(x.double())
+    near(norm.to(dtype)(x), exact, 2 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -6,7 +6,6 @@ transformers is imported: then `from_pretrained` loads such a checkpoint without
 
 from transformers import AutoConfig
 
-from normconvert.nn.fused import load_fused_norms
 from normconvert.nn.modeling_normconvert import (
     MODEL_TYPE,
     Compress,
@@ -30,7 +29,6 @@ __all__ = [
     "Recenter",
     "compress",
     "expand",
-    "load_fused_norms",
     "recenter",
 ]
 

@@ -8,10 +8,14 @@ arXiv 2305.14858, the deferred 1/RMS of arXiv 2407.09577.
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import math
 import os
 import shutil
-import sys
+import struct
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -21,11 +25,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
-
-# The optional kernel, where something has loaded it: normconvert.nn.load_fused_norms does.
-FUSED = "normconvert_fused_norm"
 
 # Measured on torch 2.13, x86 with AVX2: from here on the set-up of the faster kernel pays.
 _FEW_ROWS = 12
@@ -82,6 +84,7 @@ class _Norm(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.eps, self.offset = size, eps, offset
+        self._set_shape(used=size)
         # A plain None is found at once; a parameter that is None only after a search, which
         # on one row takes as long as a tenth of the norm.
         self.weight: nn.Parameter | None = None
@@ -91,6 +94,12 @@ class _Norm(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.reset_parameters()
+
+    def _set_shape(self, *, used: int, lacks: bool = False, adds: bool = False) -> None:
+        """What the kernel computes: see its `struct shape`."""
+        self._adds = adds
+        size = self.size if lacks else used
+        self._shape = struct.pack("5q", self.size - lacks, used, size, lacks, adds)
 
     def reset_parameters(self) -> None:
         """The identity: an effective gain of 1, a bias of 0."""
@@ -116,22 +125,38 @@ class _Norm(nn.Module):
             y = y * gain
         return (y if bias is None else y + bias).to(x.dtype)
 
-    def _fused(
-        self, x: torch.Tensor, used: int, *, compressed: bool = False, expand: bool = False
-    ) -> torch.Tensor | None:
-        """The norm of x by the optional kernel, with the RMS of the first `used` coordinates.
+    def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The norm of x by the kernel.
 
-        None where there is no kernel, or it does not take x: it wants a plain tensor on the CPU,
-        in float32 or less, and nobody who needs to see its operations (gradients, a trace).
+        None where there is no kernel, or it does not take x or the factors: see `_readable`.
         """
-        kernel = sys.modules.get(FUSED)
-        if kernel is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not _readable(x) or (kernel := _kernel()) is None:
             return None
-        size = self.size if compressed else used
-        found: torch.Tensor | None = kernel.norm(
-            x, self.weight, self.bias, self.offset, self.eps, size, used, compressed, expand
+        gain, bias, n = self.weight, self.bias, x.size(-1)
+        if not (gain is None and bias is None):
+            wide = n + self._adds
+            if not (_takes(gain, wide) and _takes(bias, wide)):
+                return None
+        numbers = x.numel()
+        out = torch.empty_like(x) if not self._adds else x.new_empty((*x.shape[:-1], n + 1))
+        taken = kernel(
+            _form(
+                self._shape,
+                x.dtype,
+                None if gain is None else gain.dtype,
+                None if bias is None else bias.dtype,
+                self.eps,
+                self.offset,
+            ),
+            x.data_ptr(),
+            out.data_ptr(),
+            None if gain is None else gain.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            n,
+            numbers // n if n else 0,
+            1 if numbers < _ONE_THREAD else torch.get_num_threads(),
         )
-        return found
+        return out if taken else None
 
     def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
         """torch's LayerNorm, which is RMSNorm where x [..., size] has mean zero."""
@@ -175,10 +200,15 @@ class RMSNorm(_Norm):
         self.zero_mean = zero_mean
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (fused := self._fused(x, self.size)) is not None:
-            return fused
-        if self.zero_mean and _has_fast_layer_norm(x):
+        zero_mean = self.zero_mean and _has_fast_layer_norm(x)
+        if zero_mean and x.numel() <= _FEW_ROWS * self.size:
             return self._layer_norm(x)
+        if (fused := self._fused(x)) is not None:
+            return fused
+        if zero_mean:
+            return self._layer_norm(x)
+        if _has_fused_rms_norm(self, x):
+            return F.rms_norm(x, (self.size,), self.weight, self.eps)
         wide = _wide(x)
         return self._scaled(x, wide, _inverse_rms(wide, self.eps))
 
@@ -210,9 +240,10 @@ class PartialRMSNorm(_Norm):
         self.fraction = fraction
         # Rounded first: 100 · 0.07 is a little above 7 in floating point.
         self.used = math.ceil(round(size * fraction, 6))
+        self._set_shape(used=self.used)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (fused := self._fused(x, self.used)) is not None:
+        if (fused := self._fused(x)) is not None:
             return fused
         wide = _wide(x)
         return self._scaled(x, wide, _inverse_rms(wide[..., : self.used], self.eps))
@@ -245,10 +276,10 @@ class CRMSNorm(_Norm):
             raise ValueError("a compressed output has no gain or bias; fold them or expand")
         super().__init__(size, eps, gain=gain, bias=bias, offset=offset, device=device, dtype=dtype)
         self.expand = expand
+        self._set_shape(used=size - 1, lacks=True, adds=expand)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fused = self._fused(x, self.size - 1, compressed=True, expand=self.expand)
-        if fused is not None:
+        if (fused := self._fused(x)) is not None:
             return fused
         wide = _wide(x)
         if self.expand:
@@ -321,6 +352,17 @@ def _has_fast_layer_norm(x: torch.Tensor) -> bool:
     return x.is_cpu and x.dtype is not torch.float64 and not x.requires_grad
 
 
+def _has_fused_rms_norm(norm: RMSNorm, x: torch.Tensor) -> bool:
+    """Whether torch computes `norm` in one kernel: on a GPU, with a gain in the dtype of x."""
+    gain = norm.weight
+    return (
+        x.is_cuda
+        and norm.bias is None
+        and not norm.offset
+        and (gain is None or gain.dtype is x.dtype)
+    )
+
+
 def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """x · factor, [..., n] times [..., 1], rounded once; `wide` is x in float32 at least.
 
@@ -335,6 +377,242 @@ def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> to
     channels = x.reshape(1, gain.numel(), x.shape[-1])
     zero, one = torch.zeros_like(gain), torch.ones_like(gain)
     return F.batch_norm(channels, zero, one, weight=gain, eps=0.0).view(x.shape)
+
+
+# The norms as one kernel for the CPU, where several torch operations would each take as long as
+# torch's LayerNorm. It is compiled once, in half a second, and kept for the next process; where
+# there is no C compiler, the torch operations above are what runs.
+
+_KERNEL = r"""
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+enum { LANES = 32 };  /* independent sums: no addition waits for the one before */
+enum { LONGEST = 1 << 16 };  /* a row in float32 has to fit onto a thread's stack */
+
+static void widen(const void *from, int64_t dtype, int64_t n, float *to) {
+  const uint16_t *halves = from;
+  int64_t i = 0;
+  if (dtype == FLOAT32) {
+    memcpy(to, from, n * sizeof *to);
+  } else if (dtype == BFLOAT16) {
+    for (; i < n; i++) {
+      uint32_t bits = (uint32_t)halves[i] << 16;
+      memcpy(to + i, &bits, sizeof bits);
+    }
+  } else {
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8)
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + i))));
+#endif
+    for (; i < n; i++) to[i] = ((const _Float16 *)from)[i];
+  }
+}
+
+/* To nearest, ties to even. */
+static void narrow(const float *from, int64_t dtype, int64_t n, void *to) {
+  uint16_t *halves = to;
+  int64_t i = 0;
+  if (dtype == BFLOAT16) {
+    for (; i < n; i++) {
+      uint32_t bits;
+      memcpy(&bits, from + i, sizeof bits);
+      uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+      halves[i] = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded;
+    }
+  } else {
+#ifdef __F16C__
+    for (; i + 8 <= n; i += 8)
+      _mm_storeu_si128((__m128i *)(halves + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
+    for (; i < n; i++) ((_Float16 *)to)[i] = (_Float16)from[i];
+  }
+}
+
+/* The sum of x, and that of its squares. */
+static void sums(const float *x, int64_t n, float *sum, float *squares) {
+  float s[LANES] = {0}, q[LANES] = {0};
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int lane = 0; lane < LANES; lane++) {
+      s[lane] += x[i + lane];
+      q[lane] += x[i + lane] * x[i + lane];
+    }
+  for (int lane = 0; i < n; i++, lane++) {
+    s[lane] += x[i];
+    q[lane] += x[i] * x[i];
+  }
+  for (int half = LANES / 2; half; half /= 2)
+    for (int lane = 0; lane < half; lane++) {
+      s[lane] += s[lane + half];
+      q[lane] += q[lane + half];
+    }
+  *sum = s[0];
+  *squares = q[0];
+}
+
+struct form {
+  struct shape {
+    int64_t n, used;      /* the coordinates of x, and of how many of them the sums are */
+    int64_t size;         /* by which the sum of squares is divided: d */
+    int64_t lacks, adds;  /* whether x lacks the last of d; whether y has it again */
+  } shape;
+  int64_t dtype, gain_dtype, bias_dtype;
+  double eps, offset;
+};
+
+/* One row; `out` is where its numbers are made in float32, and may be `in`. */
+static void row(const struct form *form, const float *in, float *out, const float *gain,
+                const float *bias) {
+  const struct shape *shape = &form->shape;
+  const int64_t n = shape->n, wide = n + shape->adds;
+  float sum, squares;
+  sums(in, shape->used, &sum, &squares);
+  if (shape->lacks) squares += sum * sum;
+  const float inverse = 1 / sqrtf(squares / shape->size + (float)form->eps);
+  for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse;
+  if (shape->adds) out[n] = -sum * inverse;
+  if (gain)
+    for (int64_t i = 0; i < wide; i++) out[i] *= gain[i];
+  if (bias)
+    for (int64_t i = 0; i < wide; i++) out[i] += bias[i];
+}
+
+static void rows(const struct form *form, const char *x, char *y, const float *gain,
+                 const float *bias, int64_t first, int64_t last) {
+  const int64_t n = form->shape.n, wide = n + form->shape.adds, dtype = form->dtype;
+  const int64_t bytes = dtype == FLOAT32 ? 4 : 2;
+  float buffer[dtype == FLOAT32 ? 1 : wide];
+  for (int64_t i = first; i < last; i++) {
+    const char *from = x + i * n * bytes;
+    char *to = y + i * wide * bytes;
+    if (dtype == FLOAT32) {
+      row(form, (const float *)from, (float *)to, gain, bias);
+    } else {
+      widen(from, dtype, n, buffer);
+      row(form, buffer, buffer, gain, bias);
+      narrow(buffer, dtype, wide, to);
+    }
+  }
+}
+
+/* y = x / sqrt(sum of squares / size + eps) * (offset + gain) + bias, row by row. A coordinate
+   that x lacks is minus the sum of the others. Returns whether it was computed. */
+int norm(const struct form *form, const void *x, void *y, const void *gain, const void *bias,
+         int64_t n, int64_t count, int64_t threads) {
+  const int64_t wide = n + form->shape.adds;
+  if (n != form->shape.n || n > LONGEST) return 0;
+  float g[gain ? wide : 1], b[bias ? wide : 1];
+  if (gain) {
+    widen(gain, form->gain_dtype, wide, g);
+    for (int64_t i = 0; i < wide; i++) g[i] += (float)form->offset;
+  }
+  if (bias) widen(bias, form->bias_dtype, wide, b);
+  const float *gains = gain ? g : 0, *biases = bias ? b : 0;
+  if (threads <= 1) {
+    rows(form, x, y, gains, biases, 0, count);
+  } else {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t part = 0; part < threads; part++)
+      rows(form, x, y, gains, biases, count * part / threads, count * (part + 1) / threads);
+  }
+  return 1;
+}
+"""
+_NARROW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernel numbers them
+_ONE_THREAD = 2**16  # fewer numbers are not worth another thread
+# What torch knows of a tensor whose numbers cannot be read as they lie there.
+_NOT_PLAIN = -1
+for _key in ("CPU", "AutogradCPU", "ADInplaceOrView", "AutocastCPU"):
+    _NOT_PLAIN &= ~torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+
+
+# Looked up once: on one row, what is asked of x takes longer than its norm.
+_keys_of, _modes, _traced = (
+    torch._C._dispatch_keys,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._get_tracing_state,
+)
+
+
+def _readable(x: torch.Tensor) -> bool:
+    """Whether the kernel may read x behind torch's back.
+
+    It is a plain tensor on the CPU in float32 or less, and nobody needs to see the operations:
+    no gradient, no trace, no mode.
+    """
+    return (
+        x.dtype in _NARROW
+        and not _keys_of(x).raw_repr() & _NOT_PLAIN
+        and x.is_contiguous()
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not _modes()
+        and forward_ad._current_level < 0
+        and _traced() is None
+    )
+
+
+def _takes(factor: nn.Parameter | None, size: int) -> bool:
+    """Whether the kernel may read a gain or a bias of this size."""
+    return factor is None or (factor.numel() == size and _readable(factor))
+
+
+@cache
+def _form(
+    shape: bytes,
+    dtype: torch.dtype,
+    gain: torch.dtype | None,
+    bias: torch.dtype | None,
+    eps: float,
+    offset: float,
+) -> bytes:
+    """The kernel's `struct form`. One argument instead of ten: each takes time on every row."""
+    dtypes = (0 if each is None else _NARROW[each] for each in (dtype, gain, bias))
+    return shape + struct.pack("3q2d", *dtypes, eps, offset)
+
+
+@cache
+def _kernel() -> Callable[..., int] | None:
+    """The compiled kernel; None where it cannot be had."""
+    x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    flags = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(["-march=x86-64-v3"] if x86 else [])]
+    key = hashlib.sha256("\0".join([_KERNEL, *flags]).encode()).hexdigest()[:16]
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kept = Path(caches, "normconvert", f"norm-{key}.so")
+    try:
+        library = ctypes.CDLL(str(kept)) if kept.is_file() else _compiled(flags, kept)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    library.norm.argtypes = [ctypes.c_char_p] + [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+    return cast("Callable[..., int]", library.norm)
+
+
+def _compiled(flags: list[str], kept: Path) -> ctypes.CDLL:
+    """The kernel, fresh from the compiler; kept as the file `kept`, where that can be written.
+
+    It is linked without OpenMP: so it takes the threads of torch, whose library is loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, objects, library = (str(Path(folder, f"norm.{end}")) for end in ("c", "o", "so"))
+        Path(source).write_text(_KERNEL)
+        for command in (
+            ["cc", *flags, "-c", source, "-o", objects],
+            ["cc", "-shared", objects, "-o", library, "-lm"],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            own = kept.with_name(f"{kept.name}.{os.getpid()}")
+            shutil.copyfile(library, own)
+            own.replace(kept)
+        except OSError:
+            pass
+        return ctypes.CDLL(library)
 
 
 # Converted models. The part above is the norms; this part puts them into a stock model.
