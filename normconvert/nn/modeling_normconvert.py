@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import math
 import os
+import platform
 import shutil
 import struct
 import subprocess
@@ -581,7 +582,8 @@ def _kernel() -> Callable[..., int] | None:
     """The compiled kernel; None where it cannot be had."""
     x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     flags = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(["-march=x86-64-v3"] if x86 else [])]
-    key = hashlib.sha256("\0".join([_KERNEL, *flags]).encode()).hexdigest()[:16]
+    made_of = "\0".join([_KERNEL, platform.machine(), *flags])
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     kept = Path(caches, "normconvert", f"norm-{key}.so")
     try:
