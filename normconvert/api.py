@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from normconvert.errors import NormconvertError, PlanError, VerificationError
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
+from normconvert.processes import ALONE, Processes
 from normconvert.source import Checkpoint, local_path, open_checkpoint
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def convert(
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
+    processes: Processes = ALONE,
 ) -> Conversion:
     """Rewrite the checkpoint `model` into the folder `output` (default: ./NAME-REWRITE).
 
@@ -85,6 +87,7 @@ def convert(
     others stand in the way; all of them unless given. With `resume`, the shards stay that an
     earlier run, which was broken off, had completed of the same conversion. `model_class` is a
     class of your own, a subclass of `transformers.PreTrainedModel`, to run the model in.
+    `processes` are those that help to write, if this is the first of several.
 
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
@@ -117,8 +120,9 @@ def convert(
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
-    with stage(place, force=force, resume=resume) as staged:
-        write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
+    with stage(place, force=force, resume=resume, keep=processes.count > 1) as staged:
+        manifest = _manifest(checkpoint, plan, request)
+        write(plan, base, staged.path, manifest, listen, processes)
         verification = None
         if verify:
             from normconvert.verify import certify, compare

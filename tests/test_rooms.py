@@ -26,7 +26,8 @@ ALLOWED = {
     "push": {*SHARED, "push"},
     "nn": {"errors", "nn"},
     "trace": {*SHARED, "trace", *MODELS},
-    "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
+    "processes": {"errors", "ir"},
+    "rewrite": {*SHARED, "processes", "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", *MODELS},
     "train": {"errors", "ir", "model_class", "nn", "rules", "trace"},
     "model_class": {*SHARED, "nn"},
@@ -34,7 +35,7 @@ ALLOWED = {
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
-    "cli": {*SHARED, "cli", "api", "push", "recipe", "__init__"},
+    "cli": {*SHARED, "cli", "api", "processes", "push", "recipe", "__init__"},
 }
 TORCH = {
     "models",
@@ -46,6 +47,7 @@ TORCH = {
     "verify",
     "model_inputs",
     "precision",
+    "processes",
     "torch_dtypes",
 }
 TRANSFORMERS = {
