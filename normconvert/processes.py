@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeAlias
 
 from normconvert.errors import NormconvertError
@@ -20,7 +21,8 @@ from normconvert.ir.event import Listener, ignore
 Job: TypeAlias = Callable[[int, int, Listener], None]
 """Does the part of the process of that rank, of so many. It is pickled."""
 
-_LONGEST_WAIT = timedelta(days=7)  # for what another process is busy with; one that ends is noticed
+_JOINING = timedelta(minutes=5)
+_WORKING = timedelta(days=7)  # what another process may be busy for; that it ends is noticed anyway
 _SECONDS_BETWEEN_LOOKS = 0.02
 
 
@@ -44,7 +46,8 @@ class Processes:
         from accelerate import PartialState
 
         try:
-            PartialState(cpu=True, timeout=_LONGEST_WAIT)
+            PartialState(cpu=True, timeout=_JOINING)
+            _patient_group()
         except RuntimeError as error:
             raise ProcessLost from error
 
@@ -122,12 +125,20 @@ def launched() -> Processes:
     return Processes(rank=rank, count=count) if count > 1 else ALONE
 
 
+@cache
+def _patient_group() -> Any:
+    """The processes as a group in which they wait for each other's work."""
+    import torch.distributed
+
+    return torch.distributed.new_group(timeout=_WORKING, backend="gloo")
+
+
 def _connected(exchange: Callable[[], Any]) -> Any:
     """What `exchange` gives, once all processes have come to it; until then signals are heard."""
     import torch.distributed
 
     try:
-        arrived = torch.distributed.barrier(async_op=True)
+        arrived = torch.distributed.barrier(_patient_group(), async_op=True)
         while not arrived.is_completed():
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         arrived.wait()
