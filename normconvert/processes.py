@@ -21,7 +21,7 @@ from normconvert.ir.event import Listener, ignore
 Job: TypeAlias = Callable[[int, int, Listener], None]
 """Does the part of the process of that rank, of so many. It is pickled."""
 
-_JOINING = timedelta(minutes=5)
+_JOINING = timedelta(minutes=2)  # gloo tries five times
 _WORKING = timedelta(days=7)  # what another process may be busy for; that it ends is noticed anyway
 _SECONDS_BETWEEN_LOOKS = 0.02
 
@@ -41,15 +41,19 @@ class Processes:
         """Wait until all are there.
 
         Raises:
-            ProcessLost: one has ended.
+            NormconvertError: they cannot reach each other.
         """
         from accelerate import PartialState
 
         try:
             PartialState(cpu=True, timeout=_JOINING)
             _patient_group()
+            _store()
         except RuntimeError as error:
-            raise ProcessLost from error
+            raise NormconvertError(
+                f"The {self.count} processes cannot reach each other, or one has ended; between "
+                "machines, GLOO_SOCKET_IFNAME must name the network interface that connects them."
+            ) from error
 
     def share(self, job: Job, listen: Listener) -> None:
         """In the first process: run `job` in all of them, and wait until all are done.
@@ -84,12 +88,8 @@ class Processes:
 
     def first_to_tell(self) -> bool:
         """Whether no other process has asked this yet: all notice that one has ended."""
-        from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        try:  # the launcher keeps the store, and outlives the processes
-            store = TCPStore(*place, timeout=timedelta(seconds=5))
-            return bool(store.add("normconvert/told", 1) == 1)
+        try:
+            return bool(_store().add("normconvert/told", 1) == 1)
         except RuntimeError:
             return self.rank == 0
 
@@ -123,6 +123,15 @@ def launched() -> Processes:
     except (KeyError, ValueError):
         return ALONE
     return Processes(rank=rank, count=count) if count > 1 else ALONE
+
+
+@cache
+def _store() -> Any:
+    """What the launcher keeps for the processes; it outlives them."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(*place, timeout=timedelta(seconds=5))
 
 
 @cache

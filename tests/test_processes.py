@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import normconvert
-from command_line import Run, assert_sentence, environment, run_here
+from command_line import Run, assert_sentence, environment
 from normconvert.processes import ALONE, Processes, launched
 from normconvert.rewrite.layout import Layout, divide
 from normconvert.source import Header, Shard
@@ -111,3 +112,121 @@ def test_what_is_refused_is_refused_once(sharded: Path, tmp_path: Path) -> None:
     assert result.status == 1
     assert_sentence(result.err.removeprefix("normconvert: ").rstrip("\n"), "nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between them; their names are those of its ends too."""
+    mark = f"{os.getpid() % 100_000}"
+    names = f"nca{mark}", f"ncb{mark}"
+    steps = [
+        *(("netns", "add", name) for name in names),
+        ("link", "add", names[0], "netns", names[0], "type", "veth",
+         "peer", "name", names[1], "netns", names[1]),
+    ]  # fmt: skip
+    for i, name in enumerate(names):
+        steps += [
+            ("-n", name, "addr", "add", f"10.211.0.{i + 1}/24", "dev", name),
+            ("-n", name, "link", "set", "lo", "up"),
+            ("-n", name, "link", "set", name, "up"),
+        ]
+    try:
+        for step in steps:
+            subprocess.run(["ip", *step], check=True, capture_output=True, text=True)
+        yield names
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", "") or str(error)
+        pytest.skip(f"no network namespaces here: {said.strip()}")
+    finally:
+        for name in names:
+            with contextlib.suppress(OSError):
+                subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+def launch_on(
+    hosts: tuple[str, str], *arguments: str | Path, cwd: Path, hidden: Path | None = None
+) -> list[Run]:
+    """One process on each host. The second sees an empty folder in place of `hidden`."""
+    started = []
+    for rank, host in enumerate(hosts):
+        script = ["set -e", f"mount -t tmpfs none {hidden}"] if hidden and rank else []
+        there = ["ip", "netns", "exec", host, "unshare", "-m", "sh", "-c"]
+        started.append(
+            subprocess.Popen(
+                [
+                    *there, "\n".join([*script, 'exec "$@"']), "sh", sys.executable, *LAUNCH,
+                    *("--num_machines", "2", "--num_processes", "2", "--machine_rank", str(rank)),
+                    *("--main_process_ip", "10.211.0.1", "--main_process_port", "29511"),
+                    *("-m", "normconvert", *map(str, arguments)),
+                ],
+                cwd=cwd,
+                env=environment(GLOO_SOCKET_IFNAME=host),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )  # fmt: skip
+    said = [process.communicate(timeout=240) for process in started]
+    return [
+        Run(process.returncode, out, own_lines(err))
+        for process, (out, err) in zip(started, said, strict=True)
+    ]
+
+
+def test_two_hosts_with_a_file_system_in_common(
+    hosts: tuple[str, str], sharded: Path, tmp_path: Path
+) -> None:
+    arguments = ("flashnorm", sharded, "-o", tmp_path / "output", "--no-verify")
+    first, second = launch_on(hosts, *arguments, cwd=tmp_path)
+    assert (first.status, first.err) == (0, "")
+    assert second == Run(0, "", "")
+    assert_same(tmp_path / "output", sharded.parent / "alone")
+
+
+def test_two_hosts_without_one(hosts: tuple[str, str], sharded: Path, tmp_path: Path) -> None:
+    """An error of another process than the first, and the first says so."""
+    place = tmp_path / "place"
+    place.mkdir()
+    arguments = ("flashnorm", sharded, "-o", place / "output", "--no-verify")
+    first, second = launch_on(hosts, *arguments, cwd=tmp_path, hidden=place)
+    assert_sentence(first.err.removeprefix("normconvert: ").rstrip("\n"), "does not see", "share")
+    assert second == Run(1, "", "")
+    assert first.status == 1
+    assert list(place.iterdir()) == []
+
+
+# --- without any process
+
+
+def layout(size: int) -> Layout:
+    shard = Shard(
+        name=str(size), path=Path(), header=Header(tensors=(), metadata=None, data_start=0)
+    )
+    return Layout(shard, b"." * size, ())
+
+
+def test_shards_are_divided_by_bytes() -> None:
+    """Not by count: the greedy rule is at most a third above the best division."""
+    parts = divide(tuple(layout(size) for size in (1, 1, 1, 1, 9, 5, 4)), 3)
+    assert [sum(each.size for each in part) for part in parts] == [9, 7, 6]
+    assert sorted(each.size for part in parts for each in part) == [1, 1, 1, 1, 4, 5, 9]
+    assert divide((layout(3),), 3)[1:] == ((), ())  # fewer shards than processes
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({}, ALONE),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, ALONE),
+        ({"WORLD_SIZE": "4"}, ALONE),
+        ({"WORLD_SIZE": "4", "RANK": "3"}, Processes(rank=3, count=4)),
+    ],
+)
+def test_the_environment_says_how_many(
+    variables: dict[str, str], found: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert launched() == found

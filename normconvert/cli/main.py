@@ -50,6 +50,8 @@ def answer() -> None:
             status = processes.follow() if processes.rank else _run()
             _ignore_signals()
             processes.leave(status)
+    except NormconvertError as error:  # of joining
+        status = _fail(error.code, str(error)) if processes.first_to_tell() else 2
     except (Interrupted, ProcessLost):
         status = _broken_off(processes)
     raise SystemExit(status)
