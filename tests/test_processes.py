@@ -114,6 +114,14 @@ def test_what_is_refused_is_refused_once(sharded: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_verifying_gives_one_answer(sharded: Path, tmp_path: Path) -> None:
+    alone = sharded.parent / "alone"
+    arguments = ("verify-equivalence", sharded, alone, "--device-map", "auto", "--json", "-")
+    result = launch(2, *arguments, cwd=tmp_path)
+    assert (result.status, result.err) == (0, "")
+    assert result.json()["equivalent"]
+
+
 @pytest.fixture
 def hosts() -> Iterator[tuple[str, str]]:
     """Two network namespaces with a cable between them; their names are those of its ends too."""
