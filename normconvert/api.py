@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from normconvert.cost import DISK_SPEED, estimate
 from normconvert.errors import NormconvertError, PlanError, VerificationError
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
@@ -32,6 +33,7 @@ def inspect(
     *,
     tied: Tied = "keep",
     returns: tuple[str, ...] = (),
+    disk_speed: int = DISK_SPEED,
     revision: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
@@ -39,7 +41,8 @@ def inspect(
 ) -> Inspection:
     """What the rewrites would do to `model`, a local folder or a Hub id. Reads headers only.
 
-    `returns` and `model_class` as in `convert`.
+    `disk_speed`, in bytes per second, is what the time is reckoned with. `returns` and
+    `model_class` as in `convert`.
 
     Raises:
         NormconvertError: the checkpoint cannot be read or its model cannot be traced.
@@ -49,7 +52,7 @@ def inspect(
     checkpoint = _open(model, revision, model_class)
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
-    inspection = _inspection(graph, checkpoint, plan)
+    inspection = _inspection(graph, checkpoint, plan, disk_speed)
     if not any(norm.kind == "layernorm" for norm in graph.norms):
         return inspection
     native = make_plan(graph, checkpoint, REWRITES["rmsnorm"], format="native", tied=tied)
@@ -287,7 +290,9 @@ def _acceptable(verification: Equivalence, plan: Plan) -> bool:
     return verification.equivalent or approximate
 
 
-def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
+def _inspection(
+    graph: Graph, checkpoint: Checkpoint, plan: Plan, disk_speed: int = DISK_SPEED
+) -> Inspection:
     from normconvert.planner import make_plan
     from normconvert.settle import rules_done
 
@@ -311,6 +316,7 @@ def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
         gain_bytes=sum(tensors[gain].nbytes for gain in {v.gain for v in plan.folded} if gain),
         added_bytes=_growth(checkpoint, plan),
         untied_bytes=_growth(checkpoint, untied),
+        cost=estimate(plan, checkpoint, disk_speed),
     )
 
 

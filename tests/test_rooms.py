@@ -18,6 +18,7 @@ ALLOWED = {
     "source": {"errors", "ir", "source"},
     "rules": {"ir", "rules"},
     "planner": {*SHARED, "rules"},
+    "cost": {"ir", "source"},
     "settle": {*SHARED, "models", "planner", "rewrite", "trace"},
     "retarget": {*SHARED, "retarget", "rewrite", "rules", "trace", *MODELS},
     "recipe": {"errors", "ir", "api"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
-    "cli": {*SHARED, "cli", "api", "processes", "push", "recipe", "__init__"},
+    "cli": {*SHARED, "cli", "api", "cost", "processes", "push", "recipe", "__init__"},
 }
 TORCH = {
     "models",
