@@ -9,9 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from normconvert.cost import DISK_SPEED, estimate
 from normconvert.errors import NormconvertError, PlanError, VerificationError
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
+from normconvert.processes import ALONE, Processes
 from normconvert.source import Checkpoint, local_path, open_checkpoint
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ def inspect(
     *,
     tied: Tied = "keep",
     returns: tuple[str, ...] = (),
+    disk_speed: int = DISK_SPEED,
     revision: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
@@ -38,7 +41,8 @@ def inspect(
 ) -> Inspection:
     """What the rewrites would do to `model`, a local folder or a Hub id. Reads headers only.
 
-    `returns` and `model_class` as in `convert`.
+    `disk_speed`, in bytes per second, is what the time is reckoned with. `returns` and
+    `model_class` as in `convert`.
 
     Raises:
         NormconvertError: the checkpoint cannot be read or its model cannot be traced.
@@ -48,7 +52,7 @@ def inspect(
     checkpoint = _open(model, revision, model_class)
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
-    inspection = _inspection(graph, checkpoint, plan)
+    inspection = _inspection(graph, checkpoint, plan, disk_speed)
     if not any(norm.kind == "layernorm" for norm in graph.norms):
         return inspection
     native = make_plan(graph, checkpoint, REWRITES["rmsnorm"], format="native", tied=tied)
@@ -74,6 +78,7 @@ def convert(
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
+    processes: Processes = ALONE,
 ) -> Conversion:
     """Rewrite the checkpoint `model` into the folder `output` (default: ./NAME-REWRITE).
 
@@ -85,6 +90,7 @@ def convert(
     others stand in the way; all of them unless given. With `resume`, the shards stay that an
     earlier run, which was broken off, had completed of the same conversion. `model_class` is a
     class of your own, a subclass of `transformers.PreTrainedModel`, to run the model in.
+    `processes` are those that help to write, if this is the first of several.
 
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
@@ -117,8 +123,9 @@ def convert(
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
-    with stage(place, force=force, resume=resume) as staged:
-        write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
+    with stage(place, force=force, resume=resume, keep=processes.count > 1) as staged:
+        manifest = _manifest(checkpoint, plan, request)
+        write(plan, base, staged.path, manifest, listen, processes)
         verification = None
         if verify:
             from normconvert.verify import certify, compare
@@ -283,7 +290,9 @@ def _acceptable(verification: Equivalence, plan: Plan) -> bool:
     return verification.equivalent or approximate
 
 
-def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
+def _inspection(
+    graph: Graph, checkpoint: Checkpoint, plan: Plan, disk_speed: int = DISK_SPEED
+) -> Inspection:
     from normconvert.planner import make_plan
     from normconvert.settle import rules_done
 
@@ -307,6 +316,7 @@ def _inspection(graph: Graph, checkpoint: Checkpoint, plan: Plan) -> Inspection:
         gain_bytes=sum(tensors[gain].nbytes for gain in {v.gain for v in plan.folded} if gain),
         added_bytes=_growth(checkpoint, plan),
         untied_bytes=_growth(checkpoint, untied),
+        cost=estimate(plan, checkpoint, disk_speed),
     )
 
 

@@ -14,9 +14,9 @@ from normconvert.ir.plan import STORED_DTYPE, Dtype, Edit, Format, Plan, Tied
 from normconvert.rules.crmsnorm import crmsnorm
 from normconvert.rules.draft import Draft, Request, Rule
 from normconvert.rules.flashnorm import flashnorm
+from normconvert.rules.origins import Origins
 from normconvert.rules.prmsnorm import prmsnorm
 from normconvert.rules.rmsnorm import rmsnorm
-from normconvert.rules.scaling import Origins
 
 if TYPE_CHECKING:
     from normconvert.source import Checkpoint

@@ -75,8 +75,8 @@ from normconvert.nn.modeling_normconvert import (
 )
 from normconvert.rules.crmsnorm import crmsnorm
 from normconvert.rules.draft import Draft, Request
+from normconvert.rules.origins import Origins
 from normconvert.rules.rmsnorm import rmsnorm
-from normconvert.rules.scaling import Origins
 from normconvert.trace import trace_model
 
 if TYPE_CHECKING:

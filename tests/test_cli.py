@@ -178,7 +178,10 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
-def test_the_table(name: str, columns: int, originals: Path) -> None:
+def test_the_table(
+    name: str, columns: int, originals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)  # each takes memory
     with nothing_written(originals):
         result = run_here("inspect", name, cwd=originals, columns=columns)
     assert result.status == 0

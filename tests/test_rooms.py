@@ -18,6 +18,7 @@ ALLOWED = {
     "source": {"errors", "ir", "source"},
     "rules": {"ir", "rules"},
     "planner": {*SHARED, "rules"},
+    "cost": {"ir", "source"},
     "settle": {*SHARED, "models", "planner", "rewrite", "trace"},
     "retarget": {*SHARED, "retarget", "rewrite", "rules", "trace", *MODELS},
     "recipe": {"errors", "ir", "api"},
@@ -26,7 +27,8 @@ ALLOWED = {
     "push": {*SHARED, "push"},
     "nn": {"errors", "nn"},
     "trace": {*SHARED, "trace", *MODELS},
-    "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
+    "processes": {"errors", "ir"},
+    "rewrite": {*SHARED, "processes", "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", *MODELS},
     "train": {"errors", "ir", "model_class", "nn", "rules", "trace"},
     "model_class": {*SHARED, "nn"},
@@ -34,7 +36,7 @@ ALLOWED = {
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
-    "cli": {*SHARED, "cli", "api", "push", "recipe", "__init__"},
+    "cli": {*SHARED, "cli", "api", "cost", "processes", "push", "recipe", "__init__"},
 }
 TORCH = {
     "models",
@@ -46,6 +48,7 @@ TORCH = {
     "verify",
     "model_inputs",
     "precision",
+    "processes",
     "torch_dtypes",
 }
 TRANSFORMERS = {

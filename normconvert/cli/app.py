@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from normconvert.cli.options import (
     Debug,
     Device,
     DeviceMap,
+    DiskSpeed,
     DryRun,
     Dtype,
     Force,
@@ -40,10 +41,8 @@ from normconvert.cli.options import (
     Trust,
     Unverified,
 )
+from normconvert.cost import DISK_SPEED
 from normconvert.errors import NormconvertError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -267,6 +266,7 @@ def inspect(
     model: Model,
     tied: Tied = "keep",
     returns: Returns = None,
+    disk_speed: DiskSpeed = DISK_SPEED,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -282,6 +282,7 @@ def inspect(
             model,
             tied=tied,
             returns=tuple(returns or ()),
+            disk_speed=disk_speed,
             revision=revision,
             trust_remote_code=trust_remote_code,
             listen=listen,

@@ -28,12 +28,21 @@ def run_conversion(
     """Convert, show the report, publish if asked to, and exit: 1 if the result was rejected."""
     from normconvert.api import convert
     from normconvert.cli.progress import progress
+    from normconvert.processes import launched
 
     if push is not None and not options["verify"]:
         raise NormconvertError("--push needs the verification; leave out --no-verify.")
     with progress(hidden=as_json) as listen:
         kept = tuple(returns or ())
-        report = convert(model, output, rewrites, returns=kept, listen=listen, **options)
+        report = convert(
+            model,
+            output,
+            rewrites,
+            returns=kept,
+            listen=listen,
+            processes=launched(),
+            **options,
+        )
     try:
         _show(report, push, as_json)
     except OSError as error:  # the report is lost, but not the output

@@ -8,12 +8,12 @@ import signal
 import sys
 from contextlib import suppress
 from itertools import pairwise
-from typing import NoReturn
 
 import typer
 
 from normconvert.cli.app import app
 from normconvert.errors import NormconvertError
+from normconvert.processes import Processes, ProcessLost, launched
 
 
 class Interrupted(BaseException):
@@ -35,17 +35,51 @@ def main() -> None:
 
 
 def answer() -> None:
-    """Run the command line; turn what is refused into one sentence and exit status 2."""
+    """Run the command line; turn what is refused into one sentence and exit status 2.
+
+    Of several processes the first does that. The others help it, and end as it does.
+    """
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
+    processes = launched()
+    try:
+        if processes.count == 1:
+            status = _run()
+        else:
+            processes.join()
+            status = processes.follow() if processes.rank else _run()
+            _ignore_signals()
+            processes.leave(status)
+    except NormconvertError as error:  # of joining
+        status = _fail(error.code, str(error)) if processes.first_to_tell() else 2
+    except (Interrupted, ProcessLost):
+        status = _broken_off(processes)
+    raise SystemExit(status)
+
+
+def _run() -> int:
+    """The exit status of the command line."""
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except NormconvertError as error:
-        _fail(error.code, str(error))
-    except Interrupted:
-        _fail("interrupted", "Interrupted; no output was left half-written.")
+        return _fail(error.code, str(error))
     except (OSError, MemoryError) as error:
-        _fail("system", f"{str(error) or type(error).__name__}.")
+        return _fail("system", f"{str(error) or type(error).__name__}.")
+    return 0
+
+
+def _broken_off(processes: Processes) -> int:
+    if processes.count == 1:
+        return _fail("interrupted", "Interrupted; no output was left half-written.")
+    if processes.first_to_tell():
+        return _fail(
+            "interrupted",
+            f"Interrupted, or one of the {processes.count} processes has ended; no output was left "
+            "half-written, and a conversion goes on with --resume.",
+        )
+    return 2
 
 
 def _interrupt(*_: object) -> None:
@@ -59,7 +93,7 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _fail(code: str, message: str) -> NoReturn:
+def _fail(code: str, message: str) -> int:
     if "--debug" in sys.argv:
         raise
     if _json_on_stdout(sys.argv[1:]):
@@ -68,7 +102,7 @@ def _fail(code: str, message: str) -> NoReturn:
         with suppress(OSError):  # it may be what has failed
             show_json({"error": {"code": code, "message": message}})
     typer.echo(f"normconvert: {message}", err=True)
-    raise SystemExit(2)
+    return 2
 
 
 def _json_on_stdout(arguments: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -109,6 +110,30 @@ MaxMemory = Annotated[
     typer.Option(
         help="How much a device may hold, such as cpu=8GiB or 0=20GiB; give it once for each.",
         show_default=False,
+    ),
+]
+
+
+def _speed(given: str | int) -> int:
+    """Bytes per second of a speed such as 500MB/s."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kKMGT])(i?)B(?:/s)?)?", str(given))
+    speed = 0
+    if match is not None:
+        number, unit, binary = match.groups()
+        power = "KMGT".index(unit.upper()) + 1 if unit else 0
+        speed = int(float(number) * (1024 if binary else 1000) ** power)
+    if speed < 1:
+        raise typer.BadParameter(f"{given!r} is no speed; write one such as 500MB/s or 2GB/s")
+    return speed
+
+
+DiskSpeed = Annotated[
+    int,
+    typer.Option(
+        parser=_speed,
+        metavar="SPEED",
+        help="What the disk reads and writes, to tell how long a conversion takes.",
+        show_default="500MB/s",
     ),
 ]
 Private = Annotated[bool, typer.Option("--private", help="For you alone, if it is new.")]

@@ -15,12 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from normconvert.cli.amounts import duration as _duration
+from normconvert.cli.amounts import size as _size
 from normconvert.ir.plan import Plan, Verdict
 from normconvert.ir.report import (
     Algebra,
     Certificate,
     Comparison,
     Conversion,
+    Cost,
     Equivalence,
     Generation,
     Inspection,
@@ -89,12 +92,22 @@ def show_inspection(report: Inspection) -> None:
         + (f", the output grows by {_size(report.added_bytes)}." if report.added_bytes else "."),
         soft_wrap=True,
     )
+    _show_cost(console, report.cost)
     if report.untied_bytes > report.added_bytes:
         console.print(f"With --tied untie the output would grow by {_size(report.untied_bytes)}.")
     if report.rmsnorm is not None:
         _show_layer_norms(console, report.rmsnorm)
     _show_unknown(console, plan, report.rmsnorm)
     _show_notes(console, plan.notes)
+
+
+def _show_cost(console: Console, cost: Cost) -> None:
+    console.print(
+        f"Folding would read {_size(cost.read_bytes)}, write {_size(cost.written_bytes)} and take "
+        f"{_size(cost.peak_bytes)} of memory; on a disk of {_size(cost.disk_speed)}/s "
+        f"(--disk-speed) that is {_duration(cost.seconds)}, without the verification.",
+        soft_wrap=True,
+    )
 
 
 def _show_layer_norms(console: Console, plan: Plan) -> None:
@@ -350,15 +363,6 @@ def _short(tensor: str) -> str:
     """The last two parts of a tensor's name that say something: q_proj, experts.gate_up_proj."""
     parts = [part for part in tensor.split(".") if not part.isdigit()]
     return parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def _show_notes(console: Console, notes: Iterable[str]) -> None:

@@ -215,7 +215,8 @@ def from_json(data: Any) -> Expression:
 
 def spread(of: Expression, index: Sequence[int], size: int) -> Expression:
     """The vector `of`, of `size` elements, at `index` (-1: the number 1); itself if in order."""
-    if tuple(index) == tuple(range(size)):
+    in_order = range(size)
+    if index == (in_order if isinstance(index, range) else tuple(in_order)):
         return of
     runs: list[tuple[int, int]] = []
     for i in index:

@@ -34,7 +34,7 @@ class Value:
     dtype: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Node:
     """One operation: an ATen operator by its name without overload, or ``norm``.
 
@@ -51,7 +51,7 @@ class Node:
         """The argument called `name`, or `default` where the call left it out."""
         return next((value for key, value in self.arguments if key == name), default)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, ...]:
         """The values read, in the order of the arguments."""
         return tuple(ref.value for _, argument in self.arguments for ref in _refs(argument))

@@ -11,14 +11,29 @@ Status: TypeAlias = Literal["converted", "planned", "unchanged", "rejected"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a conversion is expected to take, its verification left out.
+
+    `read_bytes` and `written_bytes` are of the weights, `peak_bytes` of memory. `seconds` are those
+    of one process whose disk reads and writes `disk_speed` bytes per second.
+    """
+
+    read_bytes: int
+    written_bytes: int
+    peak_bytes: int
+    disk_speed: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
     """What a conversion would do. Sizes are in bytes of the stored tensors.
 
     `changed_bytes` are those of the tensors that the plan rewrites, `omitted_bytes` those of the
     tensors that go away, `gain_bytes` those of the gains that become the identity, `added_bytes`
     what the output is larger by, and `untied_bytes` what it would be larger by with tied="untie".
-    `done` are the rules that an earlier conversion applied. `rmsnorm` is the plan of that rewrite
-    for a model with LayerNorms.
+    `done` are the rules that an earlier conversion applied. `cost` is of the plan. `rmsnorm` is
+    the plan of that rewrite for a model with LayerNorms.
     """
 
     model: str
@@ -33,6 +48,7 @@ class Inspection:
     gain_bytes: int
     added_bytes: int
     untied_bytes: int
+    cost: Cost
     rmsnorm: Plan | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from normconvert.quiet import quiet
 from normconvert.retarget.constants import constants, skeleton
 from normconvert.retarget.proof import Side, difference
 from normconvert.rewrite import preview
-from normconvert.rules.scaling import Origins
+from normconvert.rules.origins import Origins
 from normconvert.trace import trace
 
 if TYPE_CHECKING:

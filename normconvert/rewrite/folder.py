@@ -108,12 +108,14 @@ def files_in(folder: Path) -> list[str]:
 
 
 @contextmanager
-def stage(output: Path, *, force: bool, resume: bool = False) -> Iterator[Staged]:
+def stage(
+    output: Path, *, force: bool, resume: bool = False, keep: bool = False
+) -> Iterator[Staged]:
     """A folder beside `output` to build it in; removed at the end unless it was committed.
 
     What killed runs left behind beside `output` is removed, or put back if it is the older
-    output itself. With `resume` the folder is the latest of what they left, and it stays if this
-    run is broken off in its turn.
+    output itself. With `resume` the folder is the latest of what they left. With `resume` or `keep`
+    it stays if this run is broken off in its turn.
 
     Raises:
         RewriteError: the place cannot be written.
@@ -139,7 +141,7 @@ def stage(output: Path, *, force: bool, resume: bool = False) -> Iterator[Staged
     except Exception:
         raise
     except BaseException:  # broken off, not failed
-        kept = resume
+        kept = resume or keep
         raise
     finally:
         if not kept:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +22,12 @@ import torch
 from normconvert.errors import RewriteError, SourceError
 from normconvert.ir.event import Event, Listener
 from normconvert.ir.native import MODELING_FILE
+from normconvert.processes import ALONE, Processes
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
 from normconvert.rewrite.folder import MANIFEST, cannot_write, files_in
-from normconvert.rewrite.layout import Layout, Span, batches, lay_out, row_blocks
+from normconvert.rewrite.layout import Layout, Span, batches, divide, lay_out, row_blocks
 from normconvert.source.checkpoint import INDEX_FILE, Checkpoint, Shard, read_json
+from normconvert.source.header import read_header
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Plan
@@ -41,11 +45,13 @@ def write(
     folder: Path,
     manifest: dict[str, Any],
     listen: Listener,
+    processes: Processes = ALONE,
 ) -> None:
     """Write the checkpoint that `plan` describes, and `manifest`, into `folder`.
 
     The manifest gets the list of the other files. The folder is empty, or holds what was written
-    of the same conversion before it was broken off: its complete shards stay.
+    of the same conversion before it was broken off: its complete shards stay. The others are
+    divided among the `processes`, of which this is the first.
 
     Raises:
         RewriteError: the disk is full or not writable, a value does not fit its dtype, or the
@@ -61,7 +67,7 @@ def write(
         _require_space(folder, sum(layout.size for layout in missing))
         _copy_files(checkpoint, folder)
         _write_config(plan, checkpoint, folder)
-        _write_shards(missing, checkpoint, folder, listen)
+        processes.share(partial(_write_part, missing, checkpoint, folder), listen)
         _write_index(layouts, checkpoint, folder)
         (folder / _BEGUN).unlink()
         whole = {**manifest, "files": files_in(folder)}
@@ -193,10 +199,45 @@ def _write_index(layouts: tuple[Layout, ...], checkpoint: Checkpoint, folder: Pa
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shards(
-    layouts: tuple[Layout, ...], checkpoint: Checkpoint, folder: Path, listen: Listener
+def _write_part(
+    layouts: tuple[Layout, ...],
+    checkpoint: Checkpoint,
+    folder: Path,
+    rank: int,
+    count: int,
+    listen: Listener,
 ) -> None:
-    """One pass over all shards on a small pool; torch and the disk leave the GIL."""
+    """What the process of that `rank` writes of `layouts`, of so many that do."""
+    if rank:
+        _require_same_files(checkpoint, folder)
+    part = divide(layouts, count)[rank]
+    _write_shards(part, checkpoint, folder, listen, durably=count > 1)
+
+
+def _require_same_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse, on another machine, to go on with other files than those the plan was made of."""
+    remedy = "all machines need the source and the output's place on a file system that they share"
+    if not (folder / _BEGUN).is_file():
+        raise RewriteError(
+            f"{gethostname()} does not see what is begun in {folder.parent}; {remedy}."
+        )
+    for shard in checkpoint.shards:
+        if not shard.path.is_file() or read_header(shard.path) != shard.header:
+            raise RewriteError(f"{gethostname()} sees no such {shard.path}; {remedy}.")
+
+
+def _write_shards(
+    layouts: tuple[Layout, ...],
+    checkpoint: Checkpoint,
+    folder: Path,
+    listen: Listener,
+    *,
+    durably: bool,
+) -> None:
+    """One pass over all shards on a small pool; torch and the disk leave the GIL.
+
+    The last one reaches the disk with the folder, unless it is to be written `durably`.
+    """
     total = sum(placed.nbytes for layout in layouts for placed in layout.tensors)
     done = 0
     for layout in layouts:
@@ -222,11 +263,11 @@ def _write_shards(
             target = futures[future]
             waiting[target] -= 1
             if not waiting[target]:
-                _finish(target, durably=waiting.total() > 0)
+                _finish(target, durably=durably or waiting.total() > 0)
 
 
 def _finish(shard: Path, *, durably: bool) -> None:
-    """Give a shard that is complete its name; the last one reaches the disk with the folder."""
+    """Give a shard that is complete its name."""
     if durably:  # or another run would take it for complete after the machine has failed
         with _partial(shard).open("rb") as file:
             os.fsync(file.fileno())

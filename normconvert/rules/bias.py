@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from normconvert.ir.graph import Graph, Norm, Ref
 from normconvert.rules.axes import Track
 from normconvert.rules.draft import Readers
+from normconvert.rules.origins import Origins
 from normconvert.rules.readers import outputs_of
-from normconvert.rules.scaling import Contraction, Origins, follow, identity
+from normconvert.rules.scaling import Contraction, follow, identity
 
 
 def find_slots(

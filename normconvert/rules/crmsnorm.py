@@ -17,9 +17,10 @@ from normconvert.ir.native import FullWidth, NormModule, Recentering, starred
 from normconvert.ir.plan import Verdict
 from normconvert.rules.axes import Track
 from normconvert.rules.draft import Draft, Obstacle, Reader, Readers, Request
+from normconvert.rules.origins import Origins
 from normconvert.rules.places import passed_on, place_behind
 from normconvert.rules.readers import find_readers
-from normconvert.rules.scaling import Origins, identity
+from normconvert.rules.scaling import identity
 from normconvert.rules.shift import Shifts
 from normconvert.rules.stream import Writer
 

@@ -12,7 +12,8 @@ from normconvert.ir.native import FullWidth, NormModule, Recentering
 from normconvert.ir.plan import Action, Format, Tied, Verdict
 
 if TYPE_CHECKING:
-    from normconvert.rules.scaling import Contraction, Origins
+    from normconvert.rules.origins import Origins
+    from normconvert.rules.scaling import Contraction
     from normconvert.rules.stream import Stream
 
 

@@ -22,8 +22,9 @@ from normconvert.ir.plan import Action, Verdict
 from normconvert.rules.axes import Track
 from normconvert.rules.bias import find_slots
 from normconvert.rules.draft import Draft, Obstacle, Readers, Request, verdict_on
+from normconvert.rules.origins import Origins
 from normconvert.rules.readers import find_readers
-from normconvert.rules.scaling import Origins, follow
+from normconvert.rules.scaling import follow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

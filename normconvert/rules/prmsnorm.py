@@ -10,7 +10,7 @@ from dataclasses import replace
 from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import NormModule
 from normconvert.rules.draft import Draft, Request, verdict_on
-from normconvert.rules.scaling import Origins
+from normconvert.rules.origins import Origins
 
 
 def prmsnorm(graph: Graph, origins: Origins, draft: Draft, request: Request) -> Draft:

@@ -13,8 +13,9 @@ from typing import Literal
 from normconvert.ir.graph import Graph, Norm, Tie
 from normconvert.rules.axes import Track
 from normconvert.rules.draft import Obstacle, Reader, Readers
+from normconvert.rules.origins import Origins, Part
 from normconvert.rules.places import unread_beside
-from normconvert.rules.scaling import Contraction, Ends, Origins, Part, follow, same
+from normconvert.rules.scaling import Contraction, Ends, follow, same, straight
 
 _NONE, _UNREAD = -1, -2
 
@@ -140,9 +141,13 @@ def _exclusive(
     allowed = {(contraction.node, contraction.other) for contraction in contractions}
     found: dict[str, Reader] = {}
     copies: dict[str, str] = {}
+    outside: dict[tuple[int, Track], str | None] = {}
     for tensor, reader in readers.items():
         track = Track(reader.axis, reader.index)
-        elsewhere = reader_outside(graph, graph.leaf_values[tensor], track, allowed)
+        place = straight(graph, graph.leaf_values[tensor], track)  # one for all of many experts
+        if place not in outside:
+            outside[place] = reader_outside(graph, *place, allowed)
+        elsewhere = outside[place]
         ties = _ties(graph, origins, tensor)
         twin = next((t for tie in ties for t in _twins(graph, origins, tie, tensor)), None)
         if elsewhere is None and (twin is None or readers.get(twin) == reader):

@@ -19,7 +19,7 @@ from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import NormModule
 from normconvert.ir.plan import Action, Verdict
 from normconvert.rules.draft import Draft, Request, verdict_on
-from normconvert.rules.scaling import Origins
+from normconvert.rules.origins import Origins
 from normconvert.rules.stream import Stream, find_streams
 
 

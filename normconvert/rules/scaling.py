@@ -3,7 +3,7 @@
 Suppose the elements of a value are multiplied by g along one axis. Operations that rearrange
 or that are linear pass the scaling on; a contraction over the axis absorbs it if the other
 operand is divided by g; everything else stops it. `follow` says for a whole graph where the
-scaling ends, and `origins` which tensors of the checkpoint an operand consists of.
+scaling ends; `normconvert.rules.origins`, which tensors of the checkpoint an operand consists of.
 """
 
 from __future__ import annotations
@@ -52,18 +52,6 @@ class Ends:
     values: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor of the checkpoint inside a value: a track for each of its own axes, if known.
-
-    `plain` says that its elements are unchanged, only rearranged.
-    """
-
-    tensor: str
-    tracks: tuple[Track | None, ...]
-    plain: bool
-
-
 INDEPENDENT = frozenset({
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "empty_like",
     "full_like",
@@ -104,7 +92,7 @@ def follow(
     stops += [output_stop(graph, value) for value in tracks if value in outputs]
     while queue:
         position = heapq.heappop(queue)
-        step = _Step(graph, position, tracks, parts, rearrange_only)
+        step = Step(graph, position, tracks, parts, rearrange_only)
         carried = step.run()
         contractions += step.contractions
         stops += step.stops
@@ -121,6 +109,20 @@ def follow(
     return Ends(tuple(contractions), tuple(stops), frozenset(tracks))
 
 
+def straight(graph: Graph, value: int, track: Track) -> tuple[int, Track]:
+    """Where a scaling of `value` is before it first meets a choice or an end; with its parts."""
+    outputs = {output for _, output in graph.returned}
+    while value not in outputs and len(consumers := graph.consumers.get(value, ())) == 1:
+        step = Step(graph, consumers[0], {value: track}, parts=True, rearrange_only=False)
+        carried = step.run()
+        if step.contractions or step.stops or not all(map(_scales, carried.values())):
+            break
+        if len(carried) != 1:
+            break
+        ((value, track),) = carried.items()
+    return value, track
+
+
 def output_stop(graph: Graph, value: int) -> Stop:
     """That `value` is an output of the model, or of one of its towers."""
     name = next(name for name, output in graph.returned if output == value)
@@ -135,7 +137,7 @@ def _scales(track: Track) -> bool:
     return isinstance(track.index, range) or any(i >= 0 for i in track.index)
 
 
-class _Step:
+class Step:
     """What one node does with the scalings of its inputs."""
 
     def __init__(
@@ -222,7 +224,7 @@ class _Step:
     def _join(self, scaled: list[int]) -> dict[int, Track]:
         node = self.node
         inputs = node.inputs
-        tracks = [self._track(i) if i in scaled else None for i in range(len(inputs))]
+        tracks = [self.tracks.get(value) for value in inputs]
         known = self._track(scaled[0])
         if node.op == "stack":
             across = True
@@ -307,85 +309,6 @@ def _ref(node: Node, name: str) -> int:
     argument = node.argument(name)
     assert isinstance(argument, Ref)
     return argument.value
-
-
-class Origins:
-    """Which tensors of the checkpoint a value is made of, worked out backwards and remembered."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        self._known: dict[int, tuple[Part, ...] | None] = {}
-
-    def of(self, value: int) -> tuple[Part, ...] | None:
-        """The parts of `value`, or None if anything else is in it.
-
-        Multiplying a part by something else leaves it a part: a scaling still passes through.
-        """
-        if value not in self._known:
-            self._known[value] = self._find(value)
-        return self._known[value]
-
-    def tensor(self, value: int) -> str | None:
-        """The tensor of the checkpoint that `value` is, whole and in order, or None."""
-        parts, shape = self.of(value), self._graph.values[value].shape
-        if parts is None or len(parts) != 1 or not parts[0].plain:
-            return None
-        tracks = parts[0].tracks
-        whole = len(tracks) == len(shape) and all(
-            isinstance(size, int) and track == Track(axis, range(size))
-            for axis, (track, size) in enumerate(zip(tracks, shape, strict=True))
-        )
-        return parts[0].tensor if whole else None
-
-    def vector(self, value: int | None) -> str | None:
-        """The one-dimensional tensor that `value` is, as `tensor` finds it."""
-        if value is None or len(self._graph.values[value].shape) != 1:
-            return None
-        return self.tensor(value)
-
-    def _find(self, value: int) -> tuple[Part, ...] | None:
-        graph = self._graph
-        if value in graph.leaf_names:
-            shape = graph.values[value].shape
-            ranges = (range(size) for size in shape if isinstance(size, int))
-            tracks = tuple(Track(axis, index) for axis, index in enumerate(ranges))
-            return (Part(graph.leaf_names[value], tracks, plain=True),)
-        producer = graph.producers.get(value)
-        if producer is None:
-            return None
-        node = graph.nodes[producer]
-        if node.op in ("cat", "stack"):
-            found = [self.of(each) for each in node.inputs]
-            if any(parts is None for parts in found):
-                return None
-            return tuple(
-                self._carried(part, producer, value, operand)
-                for operand, parts in enumerate(found)
-                for part in parts or ()
-            )
-        operands = [i for i, each in enumerate(node.inputs) if self.of(each) is not None]
-        if len(operands) != 1 or node.op in ("norm", "overwritten"):
-            return None
-        parts = self.of(node.inputs[operands[0]])
-        carried = tuple(self._carried(part, producer, value, operands[0]) for part in parts or ())
-        return carried if any(t is not None for p in carried for t in p.tracks) else None
-
-    def _carried(self, part: Part, producer: int, value: int, operand: int) -> Part:
-        graph = self._graph
-        node = graph.nodes[producer]
-        tracks: list[Track | None] = []
-        plain = False
-        for track in part.tracks:
-            seed = {node.inputs[operand]: track} if track is not None else {}
-            carried: Mapping[int, Track] = {}
-            if seed and node.op not in PRODUCTS:
-                carried = _Step(graph, producer, seed, parts=True, rearrange_only=True).run()
-                plain = plain or bool(carried)
-                carried = (
-                    carried or _Step(graph, producer, seed, parts=True, rearrange_only=False).run()
-                )
-            tracks.append(carried.get(value))
-        return Part(part.tensor, tuple(tracks), plain=part.plain and plain)
 
 
 def identity(track: Track | None, size: int) -> bool:

@@ -13,15 +13,8 @@ from dataclasses import dataclass, replace
 
 from normconvert.ir.graph import Graph, Node, Ref
 from normconvert.rules.axes import Shape, Track, move, stacked
-from normconvert.rules.scaling import (
-    INDEPENDENT,
-    NONLINEAR,
-    PRODUCTS,
-    Origins,
-    Stop,
-    output_stop,
-    same,
-)
+from normconvert.rules.origins import Origins
+from normconvert.rules.scaling import INDEPENDENT, NONLINEAR, PRODUCTS, Stop, output_stop, same
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import Recentering
 from normconvert.rules.draft import Obstacle
+from normconvert.rules.origins import Origins
 from normconvert.rules.places import entrance, places, unread
-from normconvert.rules.scaling import Origins, Stop
+from normconvert.rules.scaling import Stop
 from normconvert.rules.shift import KNOWN, Shift, Shifts, obstacles
 
 

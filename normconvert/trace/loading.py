@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,10 +55,10 @@ def load(
             another shape; the message names it.
     """
     state = {
-        name: torch.empty(tensor.shape, dtype=TORCH_DTYPE[tensor.dtype])
+        name: _Leaf(torch.empty(tensor.shape, dtype=_traced(tensor.dtype, model.dtype)))
         for name, tensor in checkpoint.tensors.items()
     }
-    leaves = tuple((name, recorder.new_value(leaf)) for name, leaf in state.items())
+    leaves = tuple((name, recorder.new_value(leaf.tensor)) for name, leaf in state.items())
     mapping = get_model_conversion_mapping(model)
     config = LoadStateDictConfig(weight_mapping=mapping, dtype=model.dtype)
     with recorder, _loading_in_this_thread():
@@ -72,6 +73,22 @@ def load(
             f"{type(model).__name__} needs ({len(missing)} missing); is the checkpoint complete?"
         )
     return leaves, ties
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    """What transformers reads a tensor from, as from an open file. A slice would be a node."""
+
+    tensor: torch.Tensor
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        return self.tensor
+
+
+def _traced(stored: str, model: torch.dtype) -> torch.dtype:
+    """The dtype of a leaf: as the model has it, so that it is not cast, tensor by tensor."""
+    dtype = TORCH_DTYPE[stored]
+    return model if dtype.is_floating_point else dtype
 
 
 def _refuse_misfits(model: PreTrainedModel, checkpoint: Checkpoint, info: Any) -> None:

@@ -1,0 +1,156 @@
+"""Several processes, as `accelerate launch` starts them: the first leads, the others help it.
+
+The first runs the command as if it were alone. What can be divided it hands out with `share`; the
+others wait for that and for its exit status, and say nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeAlias
+
+from normconvert.errors import NormconvertError
+from normconvert.ir.event import Listener, ignore
+
+Job: TypeAlias = Callable[[int, int, Listener], None]
+"""Does the part of the process of that rank, of so many. It is pickled."""
+
+_JOINING = timedelta(minutes=2)  # gloo tries five times
+_WORKING = timedelta(days=7)  # what another process may be busy for; that it ends is noticed anyway
+_SECONDS_BETWEEN_LOOKS = 0.02
+
+
+class ProcessLost(BaseException):
+    """Another process has ended before its time. Not an error of the input: a run broken off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process, one of `count` that run the same command; `rank` 0 is the first."""
+
+    rank: int
+    count: int
+
+    def join(self) -> None:
+        """Wait until all are there.
+
+        Raises:
+            NormconvertError: they cannot reach each other.
+        """
+        from accelerate import PartialState
+
+        try:
+            PartialState(cpu=True, timeout=_JOINING)
+            _patient_group()
+            _store()
+        except RuntimeError as error:
+            raise NormconvertError(
+                f"The {self.count} processes cannot reach each other, or one has ended; between "
+                "machines, GLOO_SOCKET_IFNAME must name the network interface that connects them."
+            ) from error
+
+    def share(self, job: Job, listen: Listener) -> None:
+        """In the first process: run `job` in all of them, and wait until all are done.
+
+        Raises:
+            NormconvertError, OSError, MemoryError: what the first process that failed raised.
+            ProcessLost: one has ended.
+        """
+        if self.count == 1:
+            job(0, 1, listen)
+            return
+        self._broadcast(job)
+        self._do(job, listen)
+
+    def follow(self) -> int:
+        """In the others: do what the first shares until it ends; its exit status.
+
+        Raises:
+            ProcessLost: one has ended.
+        """
+        while not isinstance(job := self._broadcast(None), int):
+            with suppress(NormconvertError, OSError, MemoryError):  # the first tells of it
+                self._do(job, ignore)
+        return job
+
+    def leave(self, status: int) -> None:
+        """Let all end together, with the exit status of the first. Who is missing is not missed."""
+        with suppress(ProcessLost):
+            if self.rank == 0:
+                self._broadcast(status)
+            _connected(lambda: None)
+
+    def first_to_tell(self) -> bool:
+        """Whether no other process has asked this yet: all notice that one has ended."""
+        try:
+            return bool(_store().add("normconvert/told", 1) == 1)
+        except RuntimeError:
+            return self.rank == 0
+
+    def _do(self, job: Job, listen: Listener) -> None:
+        from accelerate.utils import gather_object
+
+        failure: Exception | None = None
+        try:
+            job(self.rank, self.count, listen)
+        except (NormconvertError, OSError, MemoryError) as error:
+            failure = error
+        failures = _connected(lambda: gather_object([failure]))
+        for each in failures:
+            if each is not None:
+                raise each
+
+    def _broadcast(self, value: Any) -> Any:
+        """In every process what the first gives."""
+        from accelerate.utils import broadcast_object_list
+
+        return _connected(lambda: broadcast_object_list([value]))[0]
+
+
+ALONE = Processes(rank=0, count=1)
+
+
+def launched() -> Processes:
+    """The processes of this run, by the environment that `accelerate launch` gives each of them."""
+    try:
+        count, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    except (KeyError, ValueError):
+        return ALONE
+    return Processes(rank=rank, count=count) if count > 1 else ALONE
+
+
+@cache
+def _store() -> Any:
+    """What the launcher keeps for the processes; it outlives them."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(*place, timeout=timedelta(seconds=5))
+
+
+@cache
+def _patient_group() -> Any:
+    """The processes as a group in which they wait for each other's work."""
+    import torch.distributed
+
+    return torch.distributed.new_group(timeout=_WORKING, backend="gloo")
+
+
+def _connected(exchange: Callable[[], Any]) -> Any:
+    """What `exchange` gives, once all processes have come to it; until then signals are heard."""
+    import torch.distributed
+
+    try:
+        arrived = torch.distributed.barrier(_patient_group(), async_op=True)
+        while not arrived.is_completed():
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        arrived.wait()
+        return exchange()
+    except RuntimeError as error:  # what gloo makes of a connection that was closed
+        raise ProcessLost from error

@@ -1,0 +1,84 @@
+"""The cost that `inspect` foretells, held against what is read and written."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import zoo
+from command_line import run_here
+from normconvert.api import inspect
+from normconvert.cost import estimate
+from normconvert.ir.event import ignore
+from normconvert.planner import REWRITES, make_plan
+from normconvert.rewrite import write
+from normconvert.source import open_checkpoint
+from normconvert.trace import trace
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Bytes by the system call that moves them."""
+    moved: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        call = getattr(os, name)
+
+        def counting(*arguments: Any) -> Any:
+            result = call(*arguments)
+            moved[name] += len(result) if isinstance(result, bytes) else result
+            return result
+
+        monkeypatch.setattr(os, name, counting)
+
+    for name in ("pread", "preadv", "pwrite"):
+        count(name)
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("model", "rewrite"),
+    [("tiny-llama", "flashnorm"), ("tiny-gpt2", "flashnorm"), ("tiny-gpt2", "crmsnorm")],
+)
+def test_what_is_read_and_written(
+    model: str, rewrite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(str(MODELS / model))
+    graph = trace(checkpoint)
+    plan = make_plan(
+        graph,
+        checkpoint,
+        REWRITES[rewrite],
+        format="stock" if rewrite == "flashnorm" else "native",
+    )
+    cost = estimate(plan, checkpoint)
+    moved = counted(monkeypatch)
+    write(plan, checkpoint, tmp_path, {}, ignore)
+    assert moved["pread"] + moved["preadv"] == pytest.approx(cost.read_bytes, rel=0.02)
+    assert moved["pwrite"] == pytest.approx(cost.written_bytes, rel=0.02)
+    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert moved["pwrite"] == written  # nothing went past the count
+
+
+def test_the_disk_speed(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path / "llama", dtype="float32")
+    slow, fast = (
+        run_here("inspect", "llama", "--json", "--disk-speed", speed, cwd=tmp_path).json()["cost"]
+        for speed in ("1kB/s", "2 KiB/s")
+    )
+    assert (slow["disk_speed"], fast["disk_speed"]) == (1000, 2048)
+    moved = slow["read_bytes"] + slow["written_bytes"]
+    assert slow["seconds"] - fast["seconds"] == pytest.approx(moved / 1000 - moved / 2048)
+    assert inspect(tmp_path / "llama", disk_speed=1000).cost.seconds == slow["seconds"]
+
+
+@pytest.mark.parametrize("speed", ["fast", "0MB/s", "-1MB/s", "500 parsecs", ""])
+def test_what_is_no_speed(speed: str, tmp_path: Path) -> None:
+    result = run_here("inspect", "nowhere", f"--disk-speed={speed}", cwd=tmp_path)
+    assert result.status == 2
+    assert "is no speed" in result.err
