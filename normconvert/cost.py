@@ -17,7 +17,7 @@ DISK_SPEED = 500_000_000
 
 # Measured with scripts/check_cost.py on torch 2.13 and transformers 5.23.
 _STARTING = 5.0  # seconds until torch and transformers are imported
-_IMPORTED = 360_000_000  # bytes that they, and the trace of a small model, take
+_IMPORTED = 380_000_000  # bytes that they, and the trace of a small model, take
 _PER_TENSOR = 3_000  # bytes of the graph and the plan
 _PER_THREAD = 12_000_000  # bytes of the blocks that are computed
 
