@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from normconvert.errors import NormconvertError, PlanError, VerificationError
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
-from normconvert.source import Checkpoint, local_path, open_checkpoint
+from normconvert.source import Checkpoint, Extent, download, local_path, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -45,7 +45,7 @@ def inspect(
     """
     from normconvert.planner import REWRITES, make_plan
 
-    checkpoint = _open(model, revision, model_class)
+    checkpoint = _open(model, revision, model_class, _to_plan(trust_remote_code))
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
     inspection = _inspection(graph, checkpoint, plan)
@@ -110,13 +110,15 @@ def convert(
     local = local_path(model)
     if not dry_run:  # before any work: a wrong output should cost no time
         check_output(place, local, force=force)
-    checkpoint = _open(model, revision, model_class)
+    extent = _to_plan(trust_remote_code) if dry_run else "files"
+    checkpoint = _open(model, revision, model_class, extent)
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan, base, unchanged = _plan(graph, checkpoint, request)
     inspection = _inspection(graph, checkpoint, plan)
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
+    download(checkpoint)
     with stage(place, force=force, resume=resume) as staged:
         write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
         verification = None
@@ -182,6 +184,8 @@ def verify_equivalence(
 
     placement = place(device_map, max_memory)
     pair = _open(original, None, model_class), _open(converted, None, model_class)
+    for each in pair:
+        download(each)
     certificate, algebra, centered, notes = _proof(*pair, trust_remote_code, listen)
     report = compare(
         *pair,
@@ -209,8 +213,15 @@ def _open(
     model: str | Path,
     revision: str | None,
     model_class: type[PreTrainedModel] | None,
+    extent: Extent = "files",
 ) -> Checkpoint:
-    return replace(open_checkpoint(str(model), revision=revision), model_class=model_class)
+    opened = open_checkpoint(str(model), revision=revision, extent=extent)
+    return replace(opened, model_class=model_class)
+
+
+def _to_plan(trust_remote_code: bool) -> Extent:
+    """What of a Hub repository a plan is made of."""
+    return "code" if trust_remote_code else "config"
 
 
 def _graph(

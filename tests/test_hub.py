@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 import normconvert
 import zoo
-from command_line import Run, environment, nothing_written, run
+from command_line import Run, assert_sentence, environment, nothing_written, run
 from hub_server import Hub, Repository, serve
+from normconvert.source.hub import needed_files
 
 MODEL = "someone/tiny-llama"
 NEEDED = {
@@ -55,8 +57,10 @@ class Internet:
     def opened(self, model: str, *revision: str) -> str:
         """The commit of the checkpoint that the first stage opens, without the stages after it."""
         code = """import sys
-from normconvert.source import open_checkpoint
-print(open_checkpoint(sys.argv[1], revision=(sys.argv[2:] or [None])[0]).commit)"""
+from normconvert.source import download, open_checkpoint
+checkpoint = open_checkpoint(sys.argv[1], revision=(sys.argv[2:] or [None])[0])
+download(checkpoint)
+print(checkpoint.commit)"""
         command = [sys.executable, "-c", code, model, *revision]
         env = self.environment(HF_HUB_DISABLE_PROGRESS_BARS="1")
         done = subprocess.run(command, env=env, check=True, text=True, stdout=subprocess.PIPE)
@@ -176,9 +180,110 @@ def test_what_the_hub_refuses(internet: Internet) -> None:
 
 
 def test_needed_files() -> None:
-    from normconvert.source.hub import needed_files
-
     names = sorted(NEEDED | NOT_NEEDED | {"model.safetensors", "model-1-of-61.safetensors"})
-    expected = {*NEEDED, "model.safetensors", "model-1-of-61.safetensors"}
-    assert set(needed_files(names)) == expected
+    assert set(needed_files(names, "files")) == NEEDED
+    plan = {"config.json", "model.safetensors.index.json"}
+    assert set(needed_files(names, "config")) == plan
+    assert set(needed_files(names, "code")) == {*plan, "modeling_tiny.py"}
     assert normconvert.SourceError.code == "source"
+
+
+@pytest.fixture(scope="module")
+def large(internet: Internet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose weights are larger than what is asked for to read their headers."""
+    folder = tmp_path_factory.mktemp("large") / "llama"
+    entry = zoo.Entry(model_type="llama", config={"vocab_size": 5000, "intermediate_size": 5000})
+    with mock.patch.object(zoo, "ZOO", {"large": entry}):
+        zoo.save("large", folder, dtype="float32", max_shard_size="1MB")
+    (folder / "README.md").write_text("# The original\n")
+    internet.hub.repositories["someone/large"] = Repository(branches={"main": folder})
+    return folder
+
+
+def weights_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*.safetensors") if path.stat().st_size > 100_000]
+
+
+def test_inspect_reads_headers_alone(internet: Internet, large: Path) -> None:
+    hub, home = internet.hub, str(internet.here / "no weights")
+    hub.log.clear()
+    hub.sent.clear()
+    inspected = internet.run("inspect", "someone/large", "--json", HF_HOME=home)
+    assert (inspected.status, inspected.err) == (0, "")
+    assert hub.downloads == ["config.json", "model.safetensors.index.json"]
+    shards = {path.name: path.stat().st_size for path in large.glob("*.safetensors")}
+    assert len(shards) > 3
+    assert all(hub.sent[name] < 150_000 for name in shards)
+    assert sum(hub.sent[name] for name in shards) < sum(shards.values()) / 4
+    assert not weights_in(Path(home))
+    # The same as of the folder.
+    local = internet.run("inspect", str(large), "--json").json()
+    assert {**inspected.json(), "model": 0, "commit": 0} == {**local, "model": 0, "commit": 0}
+    # So does a dry run, which looks at the gains' values.
+    hub.sent.clear()
+    with nothing_written(internet.here / "no weights"):
+        arguments = ("someone/large", "--dry-run", "--tied", "untie", "--json")
+        planned = internet.run("flashnorm", *arguments, HF_HOME=home)
+    assert (planned.status, planned.err) == (0, "")
+    assert planned.json()["status"] == "planned"
+    assert sum(hub.sent[name] for name in shards) < sum(shards.values()) / 4
+    # What is in the cache by now is no whole checkpoint.
+    offline = internet.run("flashnorm", "someone/large", HF_HOME=home, HF_HUB_OFFLINE="1")
+    offline.assert_refused("someone/large", "cache", "HF_HUB_OFFLINE")
+
+
+def test_headers_on_the_hub_are_checked_as_others(internet: Internet, large: Path) -> None:
+    """One process: each of the repositories has something else wrong with it."""
+    hub = internet.hub
+    names = sorted(path.name for path in large.glob("*.safetensors"))
+    broken = {}
+    for fault in ("truncated", "duplicate", "pickle", "absent", "empty"):
+        folder = Path(shutil.copytree(large, large.parent / fault))
+        broken[fault] = folder
+        hub.repositories[f"someone/{fault}"] = Repository(branches={"main": folder})
+    data = (large / names[1]).read_bytes()
+    (broken["truncated"] / names[1]).write_bytes(data[:-4])
+    (broken["duplicate"] / names[1]).write_bytes((large / names[0]).read_bytes())
+    (broken["empty"] / names[1]).write_bytes(b"")
+    (broken["absent"] / names[1]).unlink()
+    for name in (*names, "model.safetensors.index.json"):
+        (broken["pickle"] / name).unlink()
+    (broken["pickle"] / "pytorch_model.bin").write_bytes(b"")
+    private = Repository(branches={"main": large}, private=True)
+    hub.repositories["someone/private"] = private
+    hub.failures = [(f"cdn/{names[2]}", 500), (f"cdn/{names[2]}", 429), (f"cdn/{names[0]}", -1)]
+    code = """import json, sys
+from normconvert import NormconvertError
+from normconvert.source import open_checkpoint
+for name in sys.argv[1:]:
+    try:
+        found = str(len(open_checkpoint("someone/" + name, extent="config").tensors))
+    except NormconvertError as error:
+        found = str(error)
+    print(name + ": " + found)"""
+    home = str(internet.here / "broken")
+    env = internet.environment(HF_HOME=home, HF_TOKEN="hf_reader", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    command = [sys.executable, "-c", code, *broken, "large", "private"]
+    done = subprocess.run(command, env=env, check=True, text=True, stdout=subprocess.PIPE)
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    assert_sentence(said["truncated"], names[1], "someone/truncated", "truncated")
+    assert_sentence(said["duplicate"], "stores", "another shard stores too")
+    assert_sentence(said["pickle"], "someone/pickle on the Hub", "pytorch_model.bin")
+    assert_sentence(said["absent"], names[1], "missing", "--revision")
+    assert_sentence(said["empty"], "someone/empty")
+    assert said["large"] == said["private"] == str(len(load_all(large)))
+    assert hub.failures == []
+    hub.ranges = False
+    try:
+        refused = internet.run("inspect", "someone/large")
+    finally:
+        hub.ranges = True
+    refused.assert_refused("someone/large", "parts of files")
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }

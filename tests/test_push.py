@@ -1,4 +1,4 @@
-"""Publishing, against a Hub on this machine; see push_server.py."""
+"""Publishing, against a Hub on this machine; see hub_server.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import zoo
 from command_line import Run, environment, run, run_here
-from push_server import Hub, serve
+from hub_server import Hub, serve
 
 REPO = "me/llama-flashnorm"
 CARD = """---
@@ -57,7 +57,7 @@ def test_push(hub: Hub, converted: Path) -> None:
     result = push(hub, converted, REPO, "--private")
     assert (result.status, result.err) == (0, "")
     assert result.out == f"Pushed: {hub.url}/{REPO}/commit/0\n"
-    assert hub.repositories == {REPO: True}
+    assert hub.created == {REPO: True}
     files = hub.branches[f"{REPO}@main"]
     local = {
         path.relative_to(converted).as_posix(): path.read_bytes()
@@ -158,7 +158,7 @@ def test_refusals(hub: Hub, converted: Path, tmp_path: Path) -> None:
     assert not hub.branches
     hub.failures = [("/commit/main", 409)]
     push(hub, converted, REPO).assert_refused(REPO, "push again")
-    gone = Hub(writers=set(), readers=set(), url="http://127.0.0.1:9")
+    gone = Hub(url="http://127.0.0.1:9")
     push(gone, converted, REPO).assert_refused(REPO, "connection")
 
 

@@ -23,7 +23,8 @@ from normconvert.ir.native import MODELING_FILE
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
 from normconvert.rewrite.folder import MANIFEST, cannot_write, files_in
 from normconvert.rewrite.layout import Layout, Span, batches, lay_out, row_blocks
-from normconvert.source.checkpoint import INDEX_FILE, Checkpoint, Shard, read_json
+from normconvert.source import Checkpoint, Shard
+from normconvert.source.checkpoint import INDEX_FILE, read_json
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Plan
