@@ -1,6 +1,6 @@
 """The Python interface, and the one file that knows the order of the stages.
 
-source ──► trace ──► plan ──► rewrite ──► verify
+source ──► trace ──► plan ──► rewrite ──► verify (──► push, of what is streamed)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from normconvert.ir.graph import Graph
     from normconvert.ir.plan import Dtype, Format, Plan, Tied
+    from normconvert.push import Upload
     from normconvert.settle import Request
 
 Rewrite: TypeAlias = Literal["flashnorm", "rmsnorm", "crmsnorm", "prmsnorm"]
@@ -70,6 +71,8 @@ def convert(
     verify: bool = True,
     force: bool = False,
     resume: bool = False,
+    stream: bool = False,
+    stream_to: str | None = None,
     revision: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
@@ -85,6 +88,10 @@ def convert(
     others stand in the way; all of them unless given. With `resume`, the shards stay that an
     earlier run, which was broken off, had completed of the same conversion. `model_class` is a
     class of your own, a subclass of `transformers.PreTrainedModel`, to run the model in.
+
+    With `stream`, a Hub repository is fetched and rewritten shard by shard, and never whole on the
+    disk; the certificate is made, but no logits are compared. `stream_to` is the Hub repository
+    that the output goes to, shard by shard as well: then nothing of it stays here.
 
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
@@ -108,7 +115,13 @@ def convert(
     )
     place = local_path(output if output is not None else default_output(model, rewrites[-1]))
     local = local_path(model)
-    if not dry_run:  # before any work: a wrong output should cost no time
+    stream = stream or stream_to is not None
+    if stream:
+        from normconvert.stream import require_possible
+
+        sent = stream_to is not None
+        require_possible(local, rewrites, resume=resume, certified=verify, sent=sent)
+    if not dry_run and stream_to is None:  # before any work: a wrong one should cost no time
         check_output(place, local, force=force)
     extent = _to_plan(trust_remote_code) if dry_run else "files"
     checkpoint = _open(model, revision, model_class, extent)
@@ -118,11 +131,28 @@ def convert(
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
-    download(checkpoint)
+    upload, pushed = None if stream_to is None else _upload(stream_to), None
+    if not stream:
+        download(checkpoint)
+    manifest = _manifest(checkpoint, plan, request)
     with stage(place, force=force, resume=resume) as staged:
-        write(plan, base, staged.path, _manifest(checkpoint, plan, request), listen)
         verification = None
-        if verify:
+        if stream:
+            from normconvert.stream import write_stream
+
+            verification = write_stream(
+                plan,
+                base,
+                staged.path,
+                manifest,
+                goal=stream_to or str(place),
+                certified=verify,
+                send=None if upload is None else upload.send,
+                listen=listen,
+            )
+        else:
+            write(plan, base, staged.path, manifest, listen)
+        if verify and not stream:
             from normconvert.verify import certify, compare
 
             written = replace(_open(staged.path, None, model_class), model=str(place))
@@ -142,12 +172,16 @@ def convert(
         if not rejected:
             if verification is not None:
                 add_to_manifest(staged.path, "verification", verification.to_json())
-            staged.commit()
+            if upload is None:
+                staged.commit()
+            else:
+                pushed = upload.commit(staged.path)
     return Conversion(
         status="rejected" if rejected else "converted",
-        output=None if rejected else str(place),
+        output=None if rejected or upload is not None else str(place),
         inspection=inspection,
         verification=verification,
+        pushed=pushed,
     )
 
 
@@ -251,6 +285,12 @@ def _plan(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan,
     from normconvert.retarget import retarget
 
     return *retarget(plan, checkpoint, request.target), unchanged
+
+
+def _upload(repo_id: str) -> Upload:
+    from normconvert.push import Upload
+
+    return Upload(repo_id)
 
 
 def _proof(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,10 +45,9 @@ class Hub:
 
     `created` says of a new repository whether it is private; `branches` are the files that were
     committed, by "repository@branch" and path. Who is not in `writers` may not write. `failures`
-    are statuses that the next requests get whose path ends as said; -1 breaks the connection in
-    the middle of the answer. `log` has every request as "METHOD path", with the range if one was
-    asked for; `sent` the bytes of every file, by its path in the repository. `watch` is called
-    whenever weights are asked for.
+    are statuses that the next requests get whose line in the log has the pattern; -1 breaks the
+    connection in the middle of the answer. `log` has every request as "METHOD path", with the
+    range if one was asked for; `sent` the bytes of every file, by its path in the repository.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -60,7 +59,6 @@ class Hub:
     blobs: dict[str, bytes] = field(default_factory=dict)
     failures: list[tuple[str, int]] = field(default_factory=list)
     ranges: bool = True
-    watch: Callable[[], None] = lambda: None
     log: list[str] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
     url: str = ""
@@ -73,10 +71,11 @@ class Hub:
         found = (whole.fullmatch(line) for line in self.log)
         return sorted(each[1] for each in found if each)
 
-    def fails(self, path: str) -> int:
-        """The status that a request for `path` is to get, 0 if the right one."""
+    def enter(self, line: str) -> int:
+        """Log a request; the status that it is to get, 0 if the right one."""
+        self.log.append(line)
         for failure in self.failures:
-            if path.endswith(failure[0]):
+            if re.search(failure[0], line):
                 self.failures.remove(failure)
                 return failure[1]
         return 0
@@ -149,9 +148,8 @@ class _Cdn(_Base):
         assert "Authorization" not in self.headers
         name, _, place = path.strip("/").partition("/resolve/")
         revision, _, file = place.partition("/")
-        self.hub.log.append(f"CDN {path} {self.headers.get('Range') or ''}".strip())
-        self.hub.watch()
-        if status := self.hub.fails(f"cdn/{file}"):
+        line = f"CDN {path} {self.headers.get('Range') or ''}"
+        if status := self.hub.enter(line.strip()):
             return self._send(status, b"as asked", {})
         found = self.hub.repositories[name].resolve(revision)
         assert found is not None
@@ -166,9 +164,8 @@ class _Handler(_Base):
         self._answer()
 
     def do_PUT(self) -> None:
-        self.hub.log.append(f"PUT {self.path}")
         body = self._body()
-        if status := self.hub.fails("PUT"):
+        if status := self.hub.enter(f"PUT {self.path}"):
             return self._send_json({"error": "as asked"}, status)
         self.hub.blobs[self.path.removeprefix("/upload/")] = body
         return self._send_json({})
@@ -178,8 +175,8 @@ class _Handler(_Base):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.log.append(f"{self.command} {path} {self.headers.get('Range') or ''}".strip())
-        if status := self.hub.fails(path):
+        line = f"{self.command} {path} {self.headers.get('Range') or ''}"
+        if status := self.hub.enter(line.strip()):
             return self._send_json({"error": "as asked"}, status)
         if path.startswith("/api/models/"):
             parts = urlsplit(self.path).path.removeprefix("/api/models/").split("/")
@@ -191,8 +188,8 @@ class _Handler(_Base):
             name, _, rest_of_path = raw.partition("/resolve/")
             action = "resolve"
             revision, _, file = (unquote(part) for part in rest_of_path.partition("/"))
-        if f"{name}@{revision}" in self.hub.branches and action == "tree":
-            pushed = self.hub.branches[f"{name}@{revision}"].items()
+        if name in self.hub.created and action == "tree":
+            pushed = self.hub.branches.get(f"{name}@{revision}", {}).items()
             return self._send_json([_tree_entry(path, data) for path, data in pushed])
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and self._token() not in self.hub.readers):
@@ -227,8 +224,7 @@ class _Handler(_Base):
     def do_POST(self) -> None:
         split, body = urlsplit(self.path), self._body()
         path = unquote(split.path)
-        self.hub.log.append(f"POST {path}")
-        if status := self.hub.fails(path):
+        if status := self.hub.enter(f"POST {path}"):
             return self._send_json({"error": "as asked"}, status)
         if path == "/api/validate-yaml":
             return self._send_json({"errors": [], "warnings": []})

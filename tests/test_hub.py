@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,8 +22,18 @@ from safetensors.torch import load_file
 
 import normconvert
 import zoo
-from command_line import Run, assert_sentence, environment, nothing_written, run
+from command_line import (
+    COMMAND,
+    Run,
+    assert_sentence,
+    environment,
+    listing,
+    nothing_written,
+    run,
+    run_here,
+)
 from hub_server import Hub, Repository, serve
+from normconvert.ir.event import ignore
 from normconvert.source.hub import needed_files
 
 MODEL = "someone/tiny-llama"
@@ -192,7 +207,10 @@ def test_needed_files() -> None:
 def large(internet: Internet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository whose weights are larger than what is asked for to read their headers."""
     folder = tmp_path_factory.mktemp("large") / "llama"
-    entry = zoo.Entry(model_type="llama", config={"vocab_size": 5000, "intermediate_size": 5000})
+    entry = zoo.Entry(
+        model_type="llama",
+        config={"vocab_size": 5000, "intermediate_size": 5000, "tie_word_embeddings": True},
+    )
     with mock.patch.object(zoo, "ZOO", {"large": entry}):
         zoo.save("large", folder, dtype="float32", max_shard_size="1MB")
     (folder / "README.md").write_text("# The original\n")
@@ -251,7 +269,8 @@ def test_headers_on_the_hub_are_checked_as_others(internet: Internet, large: Pat
     (broken["pickle"] / "pytorch_model.bin").write_bytes(b"")
     private = Repository(branches={"main": large}, private=True)
     hub.repositories["someone/private"] = private
-    hub.failures = [(f"cdn/{names[2]}", 500), (f"cdn/{names[2]}", 429), (f"cdn/{names[0]}", -1)]
+    first = "bytes=0-131071"
+    hub.failures = [(f"CDN .*{names[2]} {first}", status) for status in (500, 429, 503, -1)]
     code = """import json, sys
 from normconvert import NormconvertError
 from normconvert.source import open_checkpoint
@@ -287,3 +306,195 @@ def load_all(folder: Path) -> dict[str, torch.Tensor]:
         for path in sorted(folder.glob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
+
+
+@pytest.fixture(scope="module")
+def whole(large: Path) -> Path:
+    """The repository's folder, converted as a folder: what a stream has to give, byte for byte."""
+    arguments = ("--tied", "untie", "--no-verify", "-o", "whole")
+    assert run_here("flashnorm", large.name, *arguments, cwd=large.parent).status == 0
+    return large.parent / "whole"
+
+
+@pytest.fixture
+def user(internet: Internet, tmp_path: Path) -> Internet:
+    """Another user of the same Hub, with an empty cache."""
+    (tmp_path / "here").mkdir()
+    return Internet(internet.hub, tmp_path / "home", tmp_path / "here")
+
+
+def same_files(folder: Path, other: Path) -> None:
+    """All files but the one that tells of the conversion are the same."""
+    names, others = (set(listing(each)) for each in (folder, other))
+    assert names == others
+    for name in names - {"normconvert.json"}:
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@contextmanager
+def watched(user: Internet) -> Iterator[dict[str, int]]:
+    """The most bytes of the source and of the output that are on the user's disk at a time."""
+    most, done = {"source": 0, "output": 0}, threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            found = {"source": 0, "output": 0}
+            for folder in (user.home, user.here):
+                for root, _, names in os.walk(folder):
+                    of_source = folder == user.home or "/source-" in root
+                    for name in names:
+                        with suppress(OSError):
+                            size = Path(root, name).lstat().st_size
+                            found["source" if of_source else "output"] += size
+            for kind, size in found.items():
+                most[kind] = max(most[kind], size)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_stream_is_the_same_conversion(user: Internet, large: Path, whole: Path) -> None:
+    sizes = sorted(path.stat().st_size for path in large.glob("*.safetensors"))
+    embeddings = 5000 * 54 * 4  # which the untied head is made of, in another shard
+    small = 100_000  # config.json, headers, folders, gains
+    with watched(user) as most:
+        arguments = ("flashnorm", "someone/large", "--tied", "untie", "--stream")
+        done = user.run(*arguments)
+    assert (done.status, done.err) == (0, "")
+    same_files(user.here / "large-flashnorm", whole)
+    assert sizes[-1] < most["source"] <= sizes[-1] + embeddings + small < sum(sizes) / 3
+    assert [path.name for path in user.here.iterdir()] == ["large-flashnorm"]
+    assert not weights_in(user.home)
+    assert "Certificate: " in done.out
+    assert "The logits were not compared" in done.out
+    assert "quivalent" not in done.out
+    manifest = json.loads((user.here / "large-flashnorm" / "normconvert.json").read_text())
+    assert manifest["verification"]["comparisons"] == []
+    assert manifest["verification"]["certificate"]["problem_count"] == 0
+    assert manifest["verification"]["certificate"]["rewritten"] == len(manifest["plan"]["edits"])
+    plain = json.loads((whole / "normconvert.json").read_text())
+    assert (manifest["plan"], manifest["files"]) == (plain["plan"], plain["files"])
+
+
+def test_a_stream_onto_the_hub(user: Internet, large: Path, whole: Path) -> None:
+    hub = user.hub
+    hub.log.clear()
+    with watched(user) as most:
+        arguments = ("flashnorm", "someone/large", "--tied", "untie", "--stream", "--json")
+        push = ("--push", "me/streamed")
+        done = user.run(*arguments, *push, HF_TOKEN="hf_writer", HF_HUB_DISABLE_XET="1")
+    assert (done.status, done.err) == (0, "")
+    assert done.json()["pushed"] == f"{hub.url}/me/streamed/commit/0"
+    assert done.json()["output"] is None
+    assert listing(user.here) == {}
+    assert not weights_in(user.home)
+    largest = max(path.stat().st_size for path in whole.glob("*.safetensors"))
+    bound = largest + 100_000  # and the small files
+    assert largest < most["output"] < bound < sum(map(_size, whole.iterdir())) / 3
+    files = hub.branches["me/streamed@main"]
+    for path in whole.iterdir():
+        if path.name not in ("README.md", "normconvert.json"):
+            assert files[path.name] == path.read_bytes(), path.name
+    assert set(files) == {path.name for path in whole.iterdir()}
+    card = files["README.md"].decode()
+    assert "The logits were not compared" in card
+    assert "# The original" in card
+    posts = [line for line in hub.log if line.startswith(("POST", "PUT"))]
+    assert [line for line in posts if "/commit/" in line] == posts[-1:]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def test_a_stream_that_breaks_off(user: Internet, large: Path, whole: Path) -> None:
+    hub = user.hub
+    name = sorted(path.name for path in large.glob("*.safetensors"))[5]
+    arguments = ("flashnorm", "someone/large", "--tied", "untie", "--stream")
+    push = (*arguments, "--push", "me/broken")
+    writer = {"HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
+    whole_shard = rf"CDN .*{name}( bytes=0-)?$"
+    hub.failures = [(whole_shard, 403)]
+    user.run(*push, **writer).assert_refused("someone/large")
+    assert hub.failures == []
+    assert listing(user.here) == {}
+    assert not weights_in(user.home)
+    assert "me/broken@main" not in hub.branches
+    # Killed, with a shard on its way.
+    hub.log.clear()
+    env = user.environment(**writer)
+    process = subprocess.Popen([*COMMAND, *push], cwd=user.here, env=env)
+    while not any(re.search(whole_shard, line) for line in hub.log):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert "me/broken@main" not in hub.branches
+    assert not (user.here / "large-flashnorm").exists()
+    assert list(user.here.iterdir())  # hidden, until the next run
+    assert user.run(*arguments).status == 0
+    assert [path.name for path in user.here.iterdir()] == ["large-flashnorm"]
+    same_files(user.here / "large-flashnorm", whole)
+
+
+def test_a_stream_stops_at_what_is_not_certified(large: Path, tmp_path: Path) -> None:
+    """One bit of the second shard is another than was written."""
+    from normconvert import stream
+    from normconvert.planner import REWRITES, make_plan
+    from normconvert.rewrite import write_shards
+    from normconvert.source import Checkpoint, open_checkpoint
+    from normconvert.trace import trace
+
+    checkpoint = open_checkpoint(str(large))
+    plan = make_plan(trace(checkpoint), checkpoint, REWRITES["flashnorm"], tied="keep")
+    names = [shard.name for shard in checkpoint.shards]
+
+    def write(layouts: tuple[Any, ...], near: Checkpoint, folder: Path, listen: Any) -> None:
+        write_shards(layouts, near, folder, listen)
+        (layout,) = layouts
+        if layout.shard.name == names[1]:
+            with (folder / names[1]).open("r+b") as file:
+                file.seek(-1, 2)
+                last = file.read(1)[0]
+                file.seek(-1, 2)
+                file.write(bytes([last ^ 1]))
+
+    sent = []
+
+    def send(path: Path) -> bool:
+        sent.append(path.name)
+        return True
+
+    with mock.patch.object(stream, "write_shards", write):
+        report = stream.write_stream(
+            plan,
+            checkpoint,
+            tmp_path,
+            {"plan": plan.to_json()},
+            goal="there",
+            certified=True,
+            send=send,
+            listen=ignore,
+        )
+    assert report is not None
+    assert report.certificate is not None
+    assert not report.equivalent
+    assert report.certificate.problem_count == 1
+    assert sent == names[:1]
+
+
+def test_what_cannot_be_streamed(large: Path, tmp_path: Path) -> None:
+    with nothing_written(tmp_path):
+        local = run_here("flashnorm", large, "--stream", cwd=tmp_path)
+        local.assert_refused(str(large), "leave out --stream")
+        some = ("flashnorm", "some/one", "--stream")
+        run_here(*some, "--resume", cwd=tmp_path).assert_refused("--resume")
+        push = (*some, "--push", "me/x")
+        run_here(*push, "-o", "x", cwd=tmp_path).assert_refused("--output")
+        run_here(*push, "--no-verify", cwd=tmp_path).assert_refused("--no-verify")
+        approximate = ("prmsnorm", *push[1:])
+        run_here(*approximate, cwd=tmp_path).assert_refused("approximation")

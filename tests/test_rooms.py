@@ -19,6 +19,7 @@ ALLOWED = {
     "rules": {"ir", "rules"},
     "planner": {*SHARED, "rules"},
     "settle": {*SHARED, "models", "planner", "rewrite", "trace"},
+    "stream": {*SHARED, "rewrite", "verify"},
     "retarget": {*SHARED, "retarget", "rewrite", "rules", "trace", *MODELS},
     "recipe": {"errors", "ir", "api"},
     "registration": {"models", "nn"},

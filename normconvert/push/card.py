@@ -50,9 +50,11 @@ def model_card(folder: Path, manifest: dict[str, Any], repo_id: str) -> str:
     If the source's card is there it follows ours; a section of ours in it is replaced.
     """
     path = folder / "README.md"
-    before = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
-    data = {} if before is None else before.data.to_dict()  # type: ignore[no-untyped-call]
-    text = "" if before is None else _without_ours(before.text)
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    has_metadata = content.lstrip().startswith("---\n")
+    before = ModelCard(content if has_metadata else f"---\n{{}}\n---\n{content}")
+    data = before.data.to_dict()  # type: ignore[no-untyped-call]
+    text = _without_ours(before.text)
     metadata = ModelCardData(**{**data, **_metadata(data, manifest)}, ignore_metadata_errors=True)
     ours = "\n\n".join([_BEGIN, *_sections(manifest, repo_id), _END])
     return f"---\n{metadata.to_yaml()}\n---\n\n{ours}\n\n{text.strip()}\n".rstrip() + "\n"
@@ -114,6 +116,9 @@ def _loading(repo_id: str, native: bool) -> str:
 def _verification(report: dict[str, Any] | None) -> str:
     if report is None:
         return "This conversion was not verified."
+    certificate = report.get("certificate")
+    if certificate and not report["comparisons"]:
+        return " ".join([_certified(certificate) + ".", *report["notes"]])
     lines = [
         "| | " + " | ".join(each["tokens"] for each in report["comparisons"]) + " |",
         "|---" * (1 + len(report["comparisons"])) + "|",
@@ -127,13 +132,16 @@ def _verification(report: dict[str, Any] | None) -> str:
         cells = [form.format(each[key]) for each in report["comparisons"]]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     verdict = "Equivalent" if report["equivalent"] else "Not equivalent"
-    certificate = report.get("certificate")
     if certificate and certificate["problem_count"] == 0:
-        verdict += (
-            f"; {certificate['rewritten']} rewritten tensors are the exact values rounded once, "
-            f"{certificate['copied']} tensors are the original's"
-        )
+        verdict += f"; {_certified(certificate)}"
     return f"{verdict} (computed in {report['dtype']}).\n\n" + "\n".join(lines)
+
+
+def _certified(certificate: dict[str, Any]) -> str:
+    return (
+        f"{certificate['rewritten']} rewritten tensors are the exact values rounded once, "
+        f"{certificate['copied']} tensors are the original's"
+    )
 
 
 def _command(manifest: dict[str, Any]) -> str:

@@ -155,6 +155,15 @@ def _remove(path: Path, missing: list[Path]) -> None:
                 folder.rmdir()
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the operating system refuses while `path` is written, as one sentence of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def cannot_write(path: Path, error: OSError) -> NormconvertError:
     """One sentence for an operating system's error while writing under `path`."""
     found = _STAGED.fullmatch(path.name)

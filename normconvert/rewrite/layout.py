@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from normconvert.ir.expression import tensors as tensors_of
 from normconvert.ir.plan import DTYPE_BYTES
 from normconvert.source import Checkpoint, Header, Shard, Tensor, encode_header
 
@@ -94,6 +95,12 @@ def lay_out(plan: Plan, checkpoint: Checkpoint) -> tuple[Layout, ...]:
     return tuple(
         _lay_out(shard, edits, omitted, new if shard is last else []) for shard in checkpoint.shards
     )
+
+
+def reads(layout: Layout) -> set[str]:
+    """The source's tensors that the shard's edits are made of, in whatever shard they lie."""
+    edits = (placed.edit for placed in layout.tensors if placed.edit is not None)
+    return {name for edit in edits for name in tensors_of(edit.expression)}
 
 
 def batches(layout: Layout, nbytes: int) -> Iterator[list[Span]]:

@@ -21,7 +21,7 @@ from normconvert.errors import RewriteError, SourceError
 from normconvert.ir.event import Event, Listener
 from normconvert.ir.native import MODELING_FILE
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
-from normconvert.rewrite.folder import MANIFEST, cannot_write, files_in
+from normconvert.rewrite.folder import MANIFEST, files_in, writing
 from normconvert.rewrite.layout import Layout, Span, batches, lay_out, row_blocks
 from normconvert.source import Checkpoint, Shard
 from normconvert.source.checkpoint import INDEX_FILE, read_json
@@ -53,31 +53,39 @@ def write(
             source changed while it was read.
     """
     layouts = lay_out(plan, checkpoint)
-    try:
+    with writing(folder):
         conversion = _conversion(layouts, manifest)
         kept = _complete(layouts, folder, conversion)
         _empty(folder, keeping=kept)
         (folder / _BEGUN).write_text(conversion)
         missing = tuple(layout for layout in layouts if layout.shard.name not in kept)
-        _require_space(folder, sum(layout.size for layout in missing))
-        _copy_files(checkpoint, folder)
-        _write_config(plan, checkpoint, folder)
-        _write_shards(missing, checkpoint, folder, listen)
-        _write_index(layouts, checkpoint, folder)
+        require_space(folder, sum(layout.size for layout in missing))
+        write_files(plan, checkpoint, layouts, folder, manifest)
+        write_shards(missing, checkpoint, folder, listen)
         (folder / _BEGUN).unlink()
-        whole = {**manifest, "files": files_in(folder)}
-        (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n")
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+
+
+def write_files(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    layouts: tuple[Layout, ...],
+    folder: Path,
+    manifest: dict[str, Any],
+) -> None:
+    """Write all of the output but its weights, `manifest` with the list of all files included."""
+    _copy_files(checkpoint, folder)
+    _write_config(plan, checkpoint, folder)
+    _write_index(layouts, checkpoint, folder)
+    names = {*files_in(folder), *(layout.shard.name for layout in layouts)}
+    whole = {**manifest, "files": sorted(names - {_BEGUN, MANIFEST})}
+    (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def add_to_manifest(folder: Path, key: str, value: Any) -> None:
     """Note `value`, plain data, in the manifest of a folder that `write` has filled."""
-    try:
+    with writing(folder):
         manifest = read_json(folder / MANIFEST)
         (folder / MANIFEST).write_text(json.dumps({**manifest, key: value}, indent=1) + "\n")
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def preview(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Checkpoint:
@@ -135,7 +143,8 @@ def _empty(folder: Path, *, keeping: set[str]) -> None:
             (folder / name).unlink()
 
 
-def _require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OSError unless the disk under `folder` has that many bytes left."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes and {free:,} are free")
@@ -194,10 +203,10 @@ def _write_index(layouts: tuple[Layout, ...], checkpoint: Checkpoint, folder: Pa
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_shards(
+def write_shards(
     layouts: tuple[Layout, ...], checkpoint: Checkpoint, folder: Path, listen: Listener
 ) -> None:
-    """One pass over all shards on a small pool; torch and the disk leave the GIL."""
+    """One pass over the shards on a small pool; torch and the disk leave the GIL."""
     total = sum(placed.nbytes for layout in layouts for placed in layout.tensors)
     done = 0
     for layout in layouts:

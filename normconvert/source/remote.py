@@ -80,10 +80,10 @@ def at_hand(
     if len(here) == len(checkpoint.shards):
         yield checkpoint
         return
-    with TemporaryDirectory(dir=folder) as name:
+    with TemporaryDirectory(dir=folder, prefix="source-") as name:
         with refusals(checkpoint.model):
             if shard is not None and not shard.path.is_file():
-                here.append(_fetched(checkpoint, shard, Path(name)))
+                here.append(_fetched(checkpoint, shard, Path(name) / "shard"))
             known = {tensor.name for each in here for tensor in each.header.tensors}
             if wanted := set(tensors) - known:
                 here.append(_borrowed(checkpoint, wanted, Path(name) / "borrowed"))
@@ -136,7 +136,7 @@ def _borrowed(checkpoint: Checkpoint, names: set[str], path: Path) -> Shard:
 
         for _ in pool.map(copy, pieces):
             pass
-    return Shard(name=path.name, path=path, header=read_header(path))
+    return Shard(name="", path=path, header=read_header(path))  # no other shard has this name
 
 
 def _header(model: str, commit: str, name: str) -> Header:
