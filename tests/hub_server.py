@@ -241,7 +241,7 @@ class _Handler(_Base):
         if name not in self.hub.created:
             return self._refuse(404, "RepoNotFound")
         if action == "branch":
-            self.hub.branches.setdefault(f"{name}@{revision}", {})
+            self._branch(name, revision)
             return self._send_json({})
         if action == "preupload":
             return self._send_json({"files": [_mode(each) for each in json.loads(body)["files"]]})
@@ -266,7 +266,7 @@ class _Handler(_Base):
         self._send_json({"transfer": "basic", "objects": objects})
 
     def _commit(self, name: str, branch: str, body: bytes, wants_pr: bool) -> None:
-        there = self.hub.branches.setdefault(f"{name}@{branch}", {})
+        there = self._branch(name, branch)
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             match line["key"]:
@@ -282,6 +282,11 @@ class _Handler(_Base):
         answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{url}/commit/0"}
         pr = {"pullRequestUrl": f"{url}/discussions/1"} if wants_pr else {}
         self._send_json(answer | pr)
+
+    def _branch(self, name: str, branch: str) -> dict[str, bytes]:
+        """The files of a branch; a new one begins as main is."""
+        main = self.hub.branches.get(f"{name}@main", {})
+        return self.hub.branches.setdefault(f"{name}@{branch}", dict(main))
 
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))

@@ -194,6 +194,26 @@ def test_what_the_hub_refuses(internet: Internet) -> None:
         internet.run("verify-equivalence", "a", "no/thing").assert_refused("a", "the Hub")
 
 
+def test_what_the_hub_answers(internet: Internet) -> None:
+    """One process for all statuses; each is the answer to one request."""
+    code = """import sys
+from normconvert import NormconvertError
+from normconvert.source import open_checkpoint
+for _ in range(int(sys.argv[1])):
+    try:
+        open_checkpoint("someone/tiny-llama", extent="config")
+    except NormconvertError as error:
+        print(error)"""
+    answers = {401: "HF_TOKEN", 403: "permission", 429: "minutes", 500: "again later"}
+    hub, home = internet.hub, str(internet.here / "answers")
+    hub.failures = [(f"/api/models/{MODEL}", status) for status in answers]
+    command = [sys.executable, "-c", code, str(len(answers))]
+    env = internet.environment(HF_HOME=home, HF_TOKEN="hf_reader")
+    done = subprocess.run(command, env=env, check=True, text=True, stdout=subprocess.PIPE)
+    for said, words in zip(done.stdout.splitlines(), answers.values(), strict=True):
+        assert_sentence(said, MODEL, words)
+
+
 def test_needed_files() -> None:
     names = sorted(NEEDED | NOT_NEEDED | {"model.safetensors", "model-1-of-61.safetensors"})
     assert set(needed_files(names, "files")) == NEEDED
