@@ -7,16 +7,20 @@ The plan is made of the headers before. What remains is the output, or nothing i
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from normconvert.errors import RewriteError
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Certificate, Equivalence
 from normconvert.rewrite import (
     Layout,
+    empty,
+    is_complete,
     lay_out,
     reads,
     require_space,
@@ -30,6 +34,11 @@ from normconvert.verify import certify_form, certify_tensors, together
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Plan
+
+_Certificates: TypeAlias = "dict[str, Certificate | None]"
+
+_RECORD = ".normconvert-streamed.json"
+"""Of which conversion a folder holds the first shards, and their certificates, all valid."""
 
 _NOT_COMPARED = (
     "The logits were not compared, because the original was never whole on this machine; where it "
@@ -47,10 +56,10 @@ def require_possible(
     """
     if model.is_dir():
         raise RewriteError(f"{model} is on the disk already; leave out --stream.")
-    if resume:
+    if sent and resume:
         raise RewriteError(
-            "What --stream has read of the source is gone, so --resume has nothing to go on from; "
-            "leave one of them out."
+            "With --stream and --push nothing of the output is kept here, so --resume has nothing "
+            "to go on from; leave one of them out."
         )
     if sent and not certified:
         raise RewriteError("--push needs the verification; leave out --no-verify.")
@@ -72,43 +81,52 @@ def write_stream(
     send: Callable[[Path], bool] | None,
     listen: Listener,
 ) -> Equivalence | None:
-    """Write the checkpoint that `plan` describes into the empty `folder`, as `write` does.
+    """Write the checkpoint that `plan` describes into `folder`, as `write` does.
 
-    Of the source there are never more bytes on the disk than `source_bytes` says. A shard of the
-    output is removed if `send` has said that it may be. If it is to be `certified`, the first
-    shard that is not what the plan makes of the source is the last one, and is not sent. `goal` is
-    where the output will be, for the verdict.
+    The folder is empty, or holds what was streamed of the same conversion before it was broken off:
+    its shards stay, with their certificates. Of the source there are never more bytes on the disk
+    than `source_bytes` says. A shard of the output is removed if `send` has said that it may be.
+    If it is to be `certified`, the first shard that is not what the plan makes of the source is the
+    last one, and is not sent. `goal` is where the output will be, for the verdict.
 
     Raises:
         SourceError: the Hub does not give what is needed.
         RewriteError: the disk is full or not writable, or a value does not fit its dtype.
     """
     layouts = lay_out(plan, checkpoint)
-    sizes = [layout.size for layout in layouts]
+    total, done = sum(layout.size for layout in layouts), 0
     written: list[Shard] = []
-    certificates: list[Certificate] = []
     with writing(folder):
-        require_space(folder, source_bytes(layouts) + (max(sizes) if send else sum(sizes)))
+        certificates = _before(folder, layouts, manifest, certified=certified)
+        empty(folder, keeping={_RECORD, *certificates})
+        missing = [each.size for each in layouts if each.shard.name not in certificates]
+        needed = max(missing, default=0) if send else sum(missing)
+        require_space(folder, source_bytes(layouts) + needed)
         write_files(plan, checkpoint, layouts, folder, manifest)
         for layout in layouts:
-            listen(Event("streaming", sum(sizes[: len(written)]), sum(sizes)))
-            with at_hand(checkpoint, reads(layout), layout.shard, folder) as near:
-                shard = _write(layout, near, folder)
-                written.append(shard)
-                if certified:
-                    one = replace(checkpoint, folder=folder, shards=(shard,))
-                    certificates.append(certify_tensors(plan, near, one, ignore))
-                    if not certificates[-1].valid:
-                        return _verdict(plan, checkpoint, goal, together(*certificates))
-            if send is not None and send(shard.path):
-                shard.path.unlink()
-        listen(Event("streaming", sum(sizes), sum(sizes)))
+            name = layout.shard.name
+            if name not in certificates:
+                with at_hand(checkpoint, reads(layout), layout.shard, folder) as near:
+                    _write(layout, near, folder)
+                    certificates[name] = (
+                        _certificate(plan, checkpoint, near, folder / name) if certified else None
+                    )
+            written.append(_shard(folder / name))
+            if not _passes(certificates[name]):
+                return _verdict(plan, checkpoint, goal, certificates)
+            if send is None:
+                _note(folder, name, manifest, certificates)
+            elif send(folder / name):
+                (folder / name).unlink()
+            done += layout.size
+            listen(Event("streaming", done, total))
+        (folder / _RECORD).unlink(missing_ok=True)
     if not certified:
         return None
     config = read_json(folder / "config.json")
     whole = replace(checkpoint, folder=folder, config=config, shards=tuple(written))
-    form = certify_form(plan, checkpoint, whole)
-    return _verdict(plan, checkpoint, goal, together(form, *certificates))
+    certificates[""] = certify_form(plan, checkpoint, whole)
+    return _verdict(plan, checkpoint, goal, certificates)
 
 
 def source_bytes(layouts: tuple[Layout, ...]) -> int:
@@ -128,9 +146,10 @@ def source_bytes(layouts: tuple[Layout, ...]) -> int:
 
 
 def _verdict(
-    plan: Plan, checkpoint: Checkpoint, goal: str, certificate: Certificate
+    plan: Plan, checkpoint: Checkpoint, goal: str, certificates: _Certificates
 ) -> Equivalence:
     """What is known of a conversion that was streamed: the certificate, and no logits."""
+    certificate = together(*(each for each in certificates.values() if each is not None))
     return Equivalence(
         original=checkpoint.model,
         converted=goal,
@@ -147,8 +166,47 @@ def _verdict(
     )
 
 
-def _write(layout: Layout, near: Checkpoint, folder: Path) -> Shard:
+def _write(layout: Layout, near: Checkpoint, folder: Path) -> None:
     own = next(shard for shard in near.shards if shard.name == layout.shard.name)
     write_shards((replace(layout, shard=own),), near, folder, ignore)
-    path = folder / own.name
-    return Shard(name=own.name, path=path, header=read_header(path))
+
+
+def _shard(path: Path) -> Shard:
+    return Shard(name=path.name, path=path, header=read_header(path))
+
+
+def _certificate(plan: Plan, checkpoint: Checkpoint, near: Checkpoint, path: Path) -> Certificate:
+    one = replace(checkpoint, folder=path.parent, shards=(_shard(path),))
+    return certify_tensors(plan, near, one, ignore)
+
+
+def _passes(certificate: Certificate | None) -> bool:
+    return certificate is None or certificate.valid
+
+
+def _note(folder: Path, name: str, manifest: dict[str, Any], certificates: _Certificates) -> None:
+    """Note that the shard `name` is complete, once it is on the disk."""
+    with (folder / name).open("rb") as file:
+        os.fsync(file.fileno())
+    shards = {name: each and asdict(each) for name, each in certificates.items()}
+    draft = folder / f"{_RECORD}.partial"
+    draft.write_text(json.dumps({"manifest": manifest, "shards": shards}))
+    draft.rename(folder / _RECORD)
+
+
+def _before(
+    folder: Path, layouts: tuple[Layout, ...], manifest: dict[str, Any], *, certified: bool
+) -> _Certificates:
+    """The shards of this conversion that are in `folder` already, with their certificates."""
+    if not (folder / _RECORD).is_file():
+        return {}
+    record = read_json(folder / _RECORD)
+    if record["manifest"] != json.loads(json.dumps(manifest)):
+        return {}
+    known = {
+        name: None if each is None else Certificate(**{**each, "problems": ()})
+        for name, each in record["shards"].items()
+        if each or not certified
+    }
+    names = (layout.shard.name for layout in layouts if is_complete(layout, folder))
+    return {name: known[name] for name in names if name in known}

@@ -35,6 +35,7 @@ from command_line import (
 from hub_server import Hub, Repository, serve
 from normconvert.ir.event import ignore
 from normconvert.source.hub import needed_files
+from test_cli import OWN_CODE
 
 MODEL = "someone/tiny-llama"
 NEEDED = {
@@ -270,6 +271,27 @@ def test_inspect_reads_headers_alone(internet: Internet, large: Path) -> None:
     offline.assert_refused("someone/large", "cache", "HF_HUB_OFFLINE")
 
 
+def test_code_is_fetched_when_trusted(internet: Internet, large: Path, tmp_path: Path) -> None:
+    own, hub = Path(shutil.copytree(large, tmp_path / "own")), internet.hub
+    for name, code in OWN_CODE.items():
+        (own / name).write_text(code)
+    auto_map = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    names = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, **names}))
+    hub.repositories["someone/own"] = Repository(branches={"main": own})
+    hub.log.clear()
+    arguments = ("inspect", "someone/own", "--trust-remote-code", "--json")
+    found = internet.run(*arguments, HF_HOME=str(tmp_path / "home"))
+    assert (found.status, found.err) == (0, "")
+    norms = {verdict["norm"]: verdict["eps"] for verdict in found.json()["plan"]["verdicts"]}
+    assert norms["model.norm"] == pytest.approx(3e-5)
+    assert hub.downloads == sorted([*OWN_CODE, "config.json", "model.safetensors.index.json"])
+
+
 def test_headers_on_the_hub_are_checked_as_others(internet: Internet, large: Path) -> None:
     """One process: each of the repositories has something else wrong with it."""
     hub = internet.hub
@@ -434,31 +456,39 @@ def _size(path: Path) -> int:
 
 def test_a_stream_that_breaks_off(user: Internet, large: Path, whole: Path) -> None:
     hub = user.hub
-    name = sorted(path.name for path in large.glob("*.safetensors"))[5]
+    index = json.loads((large / "model.safetensors.index.json").read_text())
+    names = list(dict.fromkeys(index["weight_map"].values()))  # the order of the stream
+    fifth, eighth = (rf"CDN .*{names[i]}( bytes=0-)?$" for i in (5, 8))
     arguments = ("flashnorm", "someone/large", "--tied", "untie", "--stream")
-    push = (*arguments, "--push", "me/broken")
+    hub.failures = [(fifth, 403)]
     writer = {"HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1"}
-    whole_shard = rf"CDN .*{name}( bytes=0-)?$"
-    hub.failures = [(whole_shard, 403)]
-    user.run(*push, **writer).assert_refused("someone/large")
-    assert hub.failures == []
+    user.run(*arguments, "--push", "me/broken", **writer).assert_refused("someone/large")
     assert listing(user.here) == {}
     assert not weights_in(user.home)
     assert "me/broken@main" not in hub.branches
-    # Killed, with a shard on its way.
+    # With --resume, the Hub leaves in the middle. Then we are killed, with a shard on its way.
+    hub.failures = [(fifth, 403)]
+    user.run(*arguments, "--resume").assert_refused("someone/large")
+    assert hub.failures == []
     hub.log.clear()
-    env = user.environment(**writer)
-    process = subprocess.Popen([*COMMAND, *push], cwd=user.here, env=env)
-    while not any(re.search(whole_shard, line) for line in hub.log):
+    env = user.environment()
+    process = subprocess.Popen([*COMMAND, *arguments, "--resume"], cwd=user.here, env=env)
+    while not any(re.search(eighth, line) for line in hub.log):
         assert process.poll() is None
     process.kill()
     process.wait()
-    assert "me/broken@main" not in hub.branches
     assert not (user.here / "large-flashnorm").exists()
-    assert list(user.here.iterdir())  # hidden, until the next run
-    assert user.run(*arguments).status == 0
+    assert not weights_in(user.home)
+    assert user.run(*arguments, "--resume").status == 0
     assert [path.name for path in user.here.iterdir()] == ["large-flashnorm"]
     same_files(user.here / "large-flashnorm", whole)
+    manifest = json.loads((user.here / "large-flashnorm" / "normconvert.json").read_text())
+    assert manifest["verification"]["certificate"]["rewritten"] == len(manifest["plan"]["edits"])
+    assert manifest["files"] == json.loads((whole / "normconvert.json").read_text())["files"]
+    # What was complete was not fetched again.
+    fetched = [name for name in hub.downloads if name.endswith(".safetensors")]
+    assert set(fetched) == set(names[5:])
+    assert len(fetched) <= len(names[5:]) + 2
 
 
 def test_a_stream_stops_at_what_is_not_certified(large: Path, tmp_path: Path) -> None:
@@ -512,8 +542,8 @@ def test_what_cannot_be_streamed(large: Path, tmp_path: Path) -> None:
         local = run_here("flashnorm", large, "--stream", cwd=tmp_path)
         local.assert_refused(str(large), "leave out --stream")
         some = ("flashnorm", "some/one", "--stream")
-        run_here(*some, "--resume", cwd=tmp_path).assert_refused("--resume")
         push = (*some, "--push", "me/x")
+        run_here(*push, "--resume", cwd=tmp_path).assert_refused("--resume")
         run_here(*push, "-o", "x", cwd=tmp_path).assert_refused("--output")
         run_here(*push, "--no-verify", cwd=tmp_path).assert_refused("--no-verify")
         approximate = ("prmsnorm", *push[1:])

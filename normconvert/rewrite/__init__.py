@@ -5,6 +5,8 @@ from normconvert.rewrite.folder import Staged, stage, writing
 from normconvert.rewrite.layout import Layout, lay_out, reads
 from normconvert.rewrite.writer import (
     add_to_manifest,
+    empty,
+    is_complete,
     preview,
     require_space,
     rules_in_manifest,
@@ -18,7 +20,9 @@ __all__ = [
     "Layout",
     "Staged",
     "add_to_manifest",
+    "empty",
     "examine",
+    "is_complete",
     "lay_out",
     "preview",
     "reads",

@@ -113,7 +113,7 @@ def stage(output: Path, *, force: bool, resume: bool = False) -> Iterator[Staged
 
     What killed runs left behind beside `output` is removed, or put back if it is the older
     output itself. With `resume` the folder is the latest of what they left, and it stays if this
-    run is broken off in its turn.
+    run is broken off in its turn, or the source cannot be read any more.
 
     Raises:
         RewriteError: the place cannot be written.
@@ -136,6 +136,9 @@ def stage(output: Path, *, force: bool, resume: bool = False) -> Iterator[Staged
     kept = False
     try:
         yield Staged(path, output, force)
+    except SourceError:  # the Hub may answer again
+        kept = resume
+        raise
     except Exception:
         raise
     except BaseException:  # broken off, not failed

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 16 << 20
 _KEPT_BYTES = 16 << 20  # once that is freed, glibc's malloc keeps smaller blocks mapped
 _NOT_SUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_BEGUN = ".normconvert-begun.json"  # of what conversion a folder holds the first shards
+_OURS = ".normconvert-"  # so begin the notes of a conversion that is not complete
+_BEGUN = f"{_OURS}begun.json"  # of what conversion a folder holds the first shards
 _LEFT_OUT = frozenset({".git", ".cache"})  # of a clone or a download, not of the checkpoint
 
 
@@ -56,7 +57,7 @@ def write(
     with writing(folder):
         conversion = _conversion(layouts, manifest)
         kept = _complete(layouts, folder, conversion)
-        _empty(folder, keeping=kept)
+        empty(folder, keeping=kept)
         (folder / _BEGUN).write_text(conversion)
         missing = tuple(layout for layout in layouts if layout.shard.name not in kept)
         require_space(folder, sum(layout.size for layout in missing))
@@ -77,7 +78,8 @@ def write_files(
     _write_config(plan, checkpoint, folder)
     _write_index(layouts, checkpoint, folder)
     names = {*files_in(folder), *(layout.shard.name for layout in layouts)}
-    whole = {**manifest, "files": sorted(names - {_BEGUN, MANIFEST})}
+    listed = sorted(name for name in names if name != MANIFEST and not name.startswith(_OURS))
+    whole = {**manifest, "files": listed}
     (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n")
 
 
@@ -126,10 +128,11 @@ def _complete(layouts: tuple[Layout, ...], folder: Path, conversion: str) -> set
     begun = folder / _BEGUN
     if not begun.is_file() or begun.read_text() != conversion:
         return set()
-    return {layout.shard.name for layout in layouts if _is_complete(layout, folder)}
+    return {layout.shard.name for layout in layouts if is_complete(layout, folder)}
 
 
-def _is_complete(layout: Layout, folder: Path) -> bool:
+def is_complete(layout: Layout, folder: Path) -> bool:
+    """Whether the shard is in `folder`, by its size and header."""
     path = folder / layout.shard.name
     if not path.is_file() or path.stat().st_size != layout.size:
         return False
@@ -137,10 +140,15 @@ def _is_complete(layout: Layout, folder: Path) -> bool:
         return file.read(len(layout.header)) == layout.header
 
 
-def _empty(folder: Path, *, keeping: set[str]) -> None:
+def empty(folder: Path, *, keeping: set[str]) -> None:
+    """Remove all but the files `keeping` from `folder`."""
     for name in files_in(folder):
         if name not in keeping:
             (folder / name).unlink()
+    for root, folders, _ in os.walk(folder, topdown=False):
+        for name in folders:
+            with suppress(OSError):  # it holds a file that is kept
+                Path(root, name).rmdir()
 
 
 def require_space(folder: Path, needed: int) -> None:

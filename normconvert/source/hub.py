@@ -133,7 +133,10 @@ def _cached(model: str, revision: str | None) -> Snapshot:
 
 
 def _files_in(folder: Path) -> frozenset[str]:
-    return frozenset(path.name for path in folder.iterdir() if path.is_file())
+    try:
+        return frozenset(path.name for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise SourceError(f"{folder} cannot be read: {error.strerror or error}.") from error
 
 
 @contextmanager
