@@ -58,7 +58,6 @@ class Hub:
     messages: list[str] = field(default_factory=list)
     blobs: dict[str, bytes] = field(default_factory=dict)
     failures: list[tuple[str, int]] = field(default_factory=list)
-    ranges: bool = True
     log: list[str] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
     url: str = ""
@@ -120,7 +119,7 @@ class _Base(BaseHTTPRequestHandler):
         """The file, or what was asked for of it."""
         content, status = path.read_bytes(), 200
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range") or "")
-        if asked and self.hub.ranges:
+        if asked:
             start, stop = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
             headers |= {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
             content, status = content[start:stop], 206
