@@ -1,6 +1,6 @@
 """The Python interface, and the one file that knows the order of the stages.
 
-source ──► trace ──► plan ──► rewrite ──► verify
+source ──► trace ──► plan ──► rewrite ──► verify (──► push, of what is streamed)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from normconvert.errors import NormconvertError, PlanError, VerificationError
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
 from normconvert.processes import ALONE, Processes
-from normconvert.source import Checkpoint, local_path, open_checkpoint
+from normconvert.source import Checkpoint, Extent, download, local_path, open_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from normconvert.ir.graph import Graph
     from normconvert.ir.plan import Dtype, Format, Plan, Tied
+    from normconvert.push import Upload
     from normconvert.settle import Request
 
 Rewrite: TypeAlias = Literal["flashnorm", "rmsnorm", "crmsnorm", "prmsnorm"]
@@ -49,7 +50,7 @@ def inspect(
     """
     from normconvert.planner import REWRITES, make_plan
 
-    checkpoint = _open(model, revision, model_class)
+    checkpoint = _open(model, revision, model_class, _to_plan(trust_remote_code))
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
     inspection = _inspection(graph, checkpoint, plan, disk_speed)
@@ -74,6 +75,8 @@ def convert(
     verify: bool = True,
     force: bool = False,
     resume: bool = False,
+    stream: bool = False,
+    stream_to: str | None = None,
     revision: str | None = None,
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
@@ -91,6 +94,10 @@ def convert(
     earlier run, which was broken off, had completed of the same conversion. `model_class` is a
     class of your own, a subclass of `transformers.PreTrainedModel`, to run the model in.
     `processes` are those that help to write, if this is the first of several.
+
+    With `stream`, a Hub repository is fetched and rewritten shard by shard, and never whole on the
+    disk; the certificate is made, but no logits are compared. `stream_to` is the Hub repository
+    that the output goes to, shard by shard as well: then nothing of it stays here.
 
     The result is verified before it appears under its name; see `Conversion.status` for how it
     ended. Weights are computed exactly and rounded once to their stored dtype.
@@ -114,45 +121,64 @@ def convert(
     )
     place = local_path(output if output is not None else default_output(model, rewrites[-1]))
     local = local_path(model)
-    if not dry_run:  # before any work: a wrong output should cost no time
+    stream = stream or stream_to is not None
+    if stream:
+        from normconvert.stream import require_possible
+
+        sent = stream_to is not None
+        require_possible(
+            local, rewrites, processes.count, resume=resume, certified=verify, sent=sent
+        )
+    if not dry_run and stream_to is None:  # before any work: a wrong one should cost no time
         check_output(place, local, force=force)
-    checkpoint = _open(model, revision, model_class)
+    extent = _to_plan(trust_remote_code) if dry_run else "files"
+    checkpoint = _open(model, revision, model_class, extent)
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan, base, unchanged = _plan(graph, checkpoint, request)
     inspection = _inspection(graph, checkpoint, plan)
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
+    upload, pushed = None if stream_to is None else _upload(stream_to), None
+    if not stream:
+        download(checkpoint)
+    manifest = _manifest(checkpoint, plan, request)
     with stage(place, force=force, resume=resume, keep=processes.count > 1) as staged:
-        manifest = _manifest(checkpoint, plan, request)
-        write(plan, base, staged.path, manifest, listen, processes)
-        verification = None
-        if verify:
-            from normconvert.verify import certify, compare
+        if stream:
+            from normconvert.stream import write_stream
 
-            written = replace(_open(staged.path, None, model_class), model=str(place))
-            verification = compare(
-                checkpoint,
-                written,
-                text=None,
-                dtype=None,
-                returns=returns,
-                certificate=certify(plan, base, written, listen),
-                algebra=None,
-                centered="rmsnorm" in plan.rules,
-                trust_remote_code=trust_remote_code,
+            verification = write_stream(
+                plan,
+                base,
+                staged.path,
+                manifest,
+                goal=stream_to or str(place),
+                certified=verify,
+                send=None if upload is None else upload.send,
                 listen=listen,
+            )
+        else:
+            write(plan, base, staged.path, manifest, listen, processes)
+            written = replace(_open(staged.path, None, model_class), model=str(place))
+            verification = (
+                _verified(plan, base, checkpoint, written, returns, trust_remote_code, listen)
+                if verify
+                else None
             )
         rejected = verification is not None and not _acceptable(verification, plan)
         if not rejected:
             if verification is not None:
                 add_to_manifest(staged.path, "verification", verification.to_json())
-            staged.commit()
+            if upload is None:
+                staged.commit()
+            else:
+                pushed = upload.commit(staged.path)
     return Conversion(
         status="rejected" if rejected else "converted",
-        output=None if rejected else str(place),
+        output=None if rejected or upload is not None else str(place),
         inspection=inspection,
         verification=verification,
+        pushed=pushed,
     )
 
 
@@ -189,6 +215,8 @@ def verify_equivalence(
 
     placement = place(device_map, max_memory)
     pair = _open(original, None, model_class), _open(converted, None, model_class)
+    for each in pair:
+        download(each)
     certificate, algebra, centered, notes = _proof(*pair, trust_remote_code, listen)
     report = compare(
         *pair,
@@ -216,8 +244,15 @@ def _open(
     model: str | Path,
     revision: str | None,
     model_class: type[PreTrainedModel] | None,
+    extent: Extent = "files",
 ) -> Checkpoint:
-    return replace(open_checkpoint(str(model), revision=revision), model_class=model_class)
+    opened = open_checkpoint(str(model), revision=revision, extent=extent)
+    return replace(opened, model_class=model_class)
+
+
+def _to_plan(trust_remote_code: bool) -> Extent:
+    """What of a Hub repository a plan is made of."""
+    return "code" if trust_remote_code else "config"
 
 
 def _graph(
@@ -247,6 +282,38 @@ def _plan(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan,
     from normconvert.retarget import retarget
 
     return *retarget(plan, checkpoint, request.target), unchanged
+
+
+def _verified(
+    plan: Plan,
+    base: Checkpoint,
+    original: Checkpoint,
+    written: Checkpoint,
+    returns: tuple[str, ...],
+    trust_remote_code: bool,
+    listen: Listener,
+) -> Equivalence:
+    """What a conversion ends with: the certificate of what was written, and the logits."""
+    from normconvert.verify import certify, compare
+
+    return compare(
+        original,
+        written,
+        text=None,
+        dtype=None,
+        returns=returns,
+        certificate=certify(plan, base, written, listen),
+        algebra=None,
+        centered="rmsnorm" in plan.rules,
+        trust_remote_code=trust_remote_code,
+        listen=listen,
+    )
+
+
+def _upload(repo_id: str) -> Upload:
+    from normconvert.push import Upload
+
+    return Upload(repo_id)
 
 
 def _proof(

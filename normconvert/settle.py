@@ -15,6 +15,7 @@ from normconvert.ir.plan import Dtype, Format, Tied
 from normconvert.models import OWN_TYPES
 from normconvert.planner import REWRITES, make_plan
 from normconvert.rewrite import IDENTITY, examine, preview, rules_in_manifest
+from normconvert.source import at_hand
 from normconvert.trace import trace
 
 if TYPE_CHECKING:
@@ -61,7 +62,10 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
         dtype=request.dtype,
         fraction=request.fraction,
     )
-    keep = examine(plan_with(), checkpoint)
+    first = plan_with()
+    vectors = {name for verdict in first.folded for name in (verdict.gain, verdict.bias) if name}
+    with at_hand(checkpoint, vectors) as near:
+        keep = examine(first, near)
     plan = plan_with(keep=keep)
     already = bool(asked & done) or any(v.reason == IDENTITY for v in plan.verdicts)
     if _does_what_was_asked(plan, request) or (already and plan.edits):

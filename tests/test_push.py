@@ -1,9 +1,11 @@
-"""Publishing, against a Hub on this machine; see push_server.py."""
+"""Publishing, against a Hub on this machine; see hub_server.py."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +13,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 import zoo
-from command_line import Run, environment, run, run_here
-from push_server import Hub, serve
+from command_line import Run, assert_sentence, environment, run, run_here
+from hub_server import Hub, serve
 
 REPO = "me/llama-flashnorm"
 CARD = """---
@@ -57,7 +59,7 @@ def test_push(hub: Hub, converted: Path) -> None:
     result = push(hub, converted, REPO, "--private")
     assert (result.status, result.err) == (0, "")
     assert result.out == f"Pushed: {hub.url}/{REPO}/commit/0\n"
-    assert hub.repositories == {REPO: True}
+    assert hub.created == {REPO: True}
     files = hub.branches[f"{REPO}@main"]
     local = {
         path.relative_to(converted).as_posix(): path.read_bytes()
@@ -101,6 +103,12 @@ def test_the_card(hub: Hub, converted: Path, tmp_path: Path) -> None:
     (twice / "README.md").write_text(text)
     assert push(hub, twice, REPO).status == 0
     assert hub.branches[f"{REPO}@main"]["README.md"].decode() == text
+    # Without a card of the source.
+    (twice / "README.md").write_text("# No metadata")
+    assert push(hub, twice, REPO).err == ""
+    text = hub.branches[f"{REPO}@main"]["README.md"].decode()
+    assert ModelCard(text).data.to_dict()["pipeline_tag"] == "text-generation"  # type: ignore[no-untyped-call]
+    assert text.endswith("# No metadata\n")
     # From a repository of the Hub: its name, its commit, and the command with both.
     manifest = json.loads((twice / "normconvert.json").read_text())
     manifest["source"] = {"model": "someone/llama", "commit": "abc123"}
@@ -158,11 +166,55 @@ def test_refusals(hub: Hub, converted: Path, tmp_path: Path) -> None:
     assert not hub.branches
     hub.failures = [("/commit/main", 409)]
     push(hub, converted, REPO).assert_refused(REPO, "push again")
-    gone = Hub(writers=set(), readers=set(), url="http://127.0.0.1:9")
+    gone = Hub(url="http://127.0.0.1:9")
     push(gone, converted, REPO).assert_refused(REPO, "connection")
 
 
 def test_what_passes_is_tried_again(hub: Hub, converted: Path) -> None:
-    hub.failures = [("/preupload/main", 503), ("/objects/batch", 500)]
+    hub.failures = [("/preupload/main", 503), ("/objects/batch", 500), ("PUT", 503)]
     assert push(hub, converted, REPO).status == 0
+    assert hub.failures == []
     assert hub.log.count(f"POST /api/models/{REPO}/preupload/main") == 2
+
+
+def test_a_name_that_is_taken(hub: Hub, converted: Path) -> None:
+    """A checkpoint that is no conversion is not written over, unless one says where."""
+    hub.created[REPO] = False
+    theirs = {"config.json": b"{}", "model.safetensors.index.json": b"{}", "notes.md": b"Mine."}
+    hub.branches[f"{REPO}@main"] = dict(theirs)
+    push(hub, converted, REPO).assert_refused(REPO, "taken", "--create-pr")
+    assert hub.branches[f"{REPO}@main"] == theirs
+    assert push(hub, converted, REPO, "--create-pr").status == 0
+    assert hub.branches[f"{REPO}@main"] == theirs
+    # An earlier conversion is replaced: its index would be read in the place of one file.
+    hub.branches[f"{REPO}@main"] = {**theirs, "normconvert.json": b"{}"}
+    assert push(hub, converted, REPO).status == 0
+    files = hub.branches[f"{REPO}@main"]
+    assert files["notes.md"] == b"Mine."
+    assert "model.safetensors.index.json" not in files
+    assert files["config.json"] == (converted / "config.json").read_bytes()
+
+
+def test_what_the_hub_answers(hub: Hub, converted: Path) -> None:
+    """One process for all statuses; each is the answer to one request."""
+    code = """import sys
+from normconvert.push import PushError, push
+for _ in range(int(sys.argv[2])):
+    try:
+        push(sys.argv[1], "me/x")
+    except PushError as error:
+        print(error)"""
+    answers = {401: "hf auth login", 403: "permission", 409: "push again", 404: "check the name"}
+    hub.failures = [("/commit/main", status) for status in answers]
+    env = environment(
+        HF_ENDPOINT=hub.url,
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_XET="1",
+        HF_TOKEN="hf_writer",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+    )
+    command = [sys.executable, "-c", code, str(converted), str(len(answers))]
+    done = subprocess.run(command, env=env, check=True, text=True, stdout=subprocess.PIPE)
+    for said, words in zip(done.stdout.splitlines(), answers.values(), strict=True):
+        assert_sentence(said, "me/x", words)
+    assert not hub.branches

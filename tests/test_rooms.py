@@ -20,6 +20,7 @@ ALLOWED = {
     "planner": {*SHARED, "rules"},
     "cost": {"ir", "source"},
     "settle": {*SHARED, "models", "planner", "rewrite", "trace"},
+    "stream": {*SHARED, "rewrite", "verify"},
     "retarget": {*SHARED, "retarget", "rewrite", "rules", "trace", *MODELS},
     "recipe": {"errors", "ir", "api"},
     "registration": {"models", "nn"},

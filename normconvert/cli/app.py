@@ -34,15 +34,17 @@ from normconvert.cli.options import (
     Resume,
     Returns,
     Revision,
+    Stream,
     Target,
     TextFile,
     Tied,
     Token,
     Trust,
     Unverified,
+    limits,
+    read_text,
 )
 from normconvert.cost import DISK_SPEED
-from normconvert.errors import NormconvertError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,6 +65,7 @@ def flashnorm(
     no_verify: NoVerify = False,
     force: Force = False,
     resume: Resume = False,
+    stream: Stream = False,
     push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
@@ -86,6 +89,7 @@ def flashnorm(
         verify=not no_verify,
         force=force,
         resume=resume,
+        stream=stream,
         push=push,
         returns=returns,
         revision=revision,
@@ -105,6 +109,7 @@ def rmsnorm(
     no_verify: NoVerify = False,
     force: Force = False,
     resume: Resume = False,
+    stream: Stream = False,
     push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
@@ -129,6 +134,7 @@ def rmsnorm(
         verify=not no_verify,
         force=force,
         resume=resume,
+        stream=stream,
         push=push,
         returns=returns,
         revision=revision,
@@ -146,6 +152,7 @@ def crmsnorm(
     no_verify: NoVerify = False,
     force: Force = False,
     resume: Resume = False,
+    stream: Stream = False,
     push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
@@ -169,6 +176,7 @@ def crmsnorm(
         verify=not no_verify,
         force=force,
         resume=resume,
+        stream=stream,
         push=push,
         returns=returns,
         revision=revision,
@@ -189,6 +197,7 @@ def prmsnorm(
     no_verify: NoVerify = False,
     force: Force = False,
     resume: Resume = False,
+    stream: Stream = False,
     push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
@@ -213,6 +222,7 @@ def prmsnorm(
         verify=not no_verify,
         force=force,
         resume=resume,
+        stream=stream,
         push=push,
         returns=returns,
         revision=revision,
@@ -230,6 +240,7 @@ def run(
     dry_run: DryRun = False,
     force: Force = False,
     resume: Resume = False,
+    stream: Stream = False,
     push: Push = None,
     returns: Returns = None,
     revision: Revision = None,
@@ -254,6 +265,7 @@ def run(
         dry_run=dry_run,
         force=force,
         resume=resume,
+        stream=stream,
         push=push or found.push,
         returns=returns,
         revision=revision,
@@ -317,10 +329,10 @@ def verify_equivalence(
         report = verify(
             original,
             converted,
-            text=None if text is None else _read(text),
+            text=None if text is None else read_text(text),
             dtype=dtype,
             device_map=device or device_map,
-            max_memory=_limits(max_memory or []),
+            max_memory=limits(max_memory or []),
             returns=tuple(returns or ()),
             trust_remote_code=trust_remote_code,
             listen=listen,
@@ -379,21 +391,3 @@ def root(
     if version:
         typer.echo(__version__)
         raise typer.Exit
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise NormconvertError(f"{path} is not UTF-8 text; give --text another file.") from error
-
-
-def _limits(given: list[str]) -> dict[int | str, int | str]:
-    """Device -> how much it may hold, of arguments such as cpu=8GiB."""
-    limits: dict[int | str, int | str] = {}
-    for each in given:
-        device, equals, size = each.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--max-memory {each}: write DEVICE=SIZE, such as cpu=8GiB")
-        limits[int(device) if device.isdigit() else device] = size
-    return limits

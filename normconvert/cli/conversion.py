@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -32,13 +33,19 @@ def run_conversion(
 
     if push is not None and not options["verify"]:
         raise NormconvertError("--push needs the verification; leave out --no-verify.")
+    streamed_to = push if options["stream"] else None
+    if streamed_to is not None and output is not None:
+        raise NormconvertError(
+            "With --stream and --push nothing of the output is kept here; leave out --output, or "
+            "push the folder afterwards."
+        )
     with progress(hidden=as_json) as listen:
-        kept = tuple(returns or ())
         report = convert(
             model,
             output,
             rewrites,
-            returns=kept,
+            returns=tuple(returns or ()),
+            stream_to=streamed_to,
             listen=listen,
             processes=launched(),
             **options,
@@ -60,11 +67,12 @@ def _show(report: Conversion, push: str | None, as_json: bool) -> None:
 
     if not as_json:
         show_conversion(report)
-    url = _push(report.output, push) if push is not None and report.output is not None else None
+    if push is not None and report.output is not None:
+        report = replace(report, pushed=_push(report.output, push))
     if as_json:
-        show_json(report.to_json() | ({"pushed": url} if url else {}))
-    elif url:
-        typer.echo(f"Pushed: {url}")
+        show_json(report.to_json())
+    elif report.pushed is not None:
+        typer.echo(f"Pushed: {report.pushed}")
 
 
 def _push(folder: str, repo_id: str) -> str:

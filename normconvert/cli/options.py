@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
+from normconvert.errors import NormconvertError
+
 Output = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("-o", "--output", help="Default: ./NAME-REWRITE.", show_default=False),
@@ -38,6 +40,13 @@ NoVerify = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with a conversion that was broken off.")
+]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Fetch a Hub repository shard by shard, for one that is larger than the disk.",
+    ),
 ]
 Model = Annotated[str, typer.Argument(help="A local folder or a Hub id.", show_default=False)]
 Tied = Annotated[
@@ -150,3 +159,22 @@ Token = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="A token of the Hub. Default: that of `hf auth login`, or HF_TOKEN."),
 ]
+
+
+def read_text(path: Path) -> str:
+    """The text that --text names."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise NormconvertError(f"{path} is not UTF-8 text; give --text another file.") from error
+
+
+def limits(given: list[str]) -> dict[int | str, int | str]:
+    """Device -> how much it may hold, of arguments such as cpu=8GiB."""
+    found: dict[int | str, int | str] = {}
+    for each in given:
+        device, equals, size = each.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--max-memory {each}: write DEVICE=SIZE, such as cpu=8GiB")
+        found[int(device) if device.isdigit() else device] = size
+    return found

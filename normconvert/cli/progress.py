@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _TITLES = {
     "tracing": "Tracing the model",
     "writing": "Writing the weights",
+    "streaming": "Streaming the weights",
     "certifying": "Checking the weights",
     "verifying": "Comparing the logits",
 }

@@ -182,7 +182,7 @@ def show_conversion(report: Conversion) -> None:
         console.print("A pRMSNorm is an approximation: this is how far it moves the model.")
     if report.status == "rejected":
         console.print("[red]The output is not equivalent; it was removed.[/]")
-    else:
+    elif report.output is not None:
         console.print(f"Wrote {escape(str(report.output))}", soft_wrap=True)
 
 
@@ -211,6 +211,9 @@ def show_equivalence(report: Equivalence) -> None:
         _show_certificate(console, report.certificate)
     if report.algebra is not None:
         _show_algebra(console, report.algebra)
+    if not report.comparisons:
+        _show_notes(console, report.notes)
+        return
     table = Table(title=f"Logits, computed in {report.dtype}", title_justify="left")
     table.add_column("")
     for comparison in report.comparisons:

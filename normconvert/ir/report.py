@@ -168,6 +168,8 @@ class Generation:
 class Equivalence:
     """The verdict on two models. `dtype` is the one that the logits were computed in.
 
+    It is None, and there are no `comparisons`, where the logits were not computed: then the verdict
+    is that of the certificate alone.
     `certificate` and `algebra` are None for a checkpoint that says nothing about how it was
     converted; the latter also where it was not asked for, or cannot be had (`notes` say why).
     `generation` is for a person to read, and says nothing in the verdict; None where the models
@@ -179,7 +181,7 @@ class Equivalence:
     original: str
     converted: str
     equivalent: bool
-    dtype: str
+    dtype: str | None
     differing_tensors: int
     comparisons: tuple[Comparison, ...]
     certificate: Certificate | None
@@ -198,7 +200,8 @@ class Equivalence:
 class Conversion:
     """What a conversion did.
 
-    converted: the output is complete. planned: a dry run, nothing was written. unchanged: the
+    converted: the output is complete, in the folder `output` or, where nothing of it was kept, on
+    the Hub at the URL `pushed`. planned: a dry run, nothing was written. unchanged: the
     source is converted already, nothing was written. rejected: the verification found the
     result not equivalent, and it was removed.
     """
@@ -207,6 +210,7 @@ class Conversion:
     output: str | None
     inspection: Inspection
     verification: Equivalence | None
+    pushed: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -215,4 +219,5 @@ class Conversion:
             "output": self.output,
             "inspection": self.inspection.to_json(),
             "verification": self.verification and self.verification.to_json(),
+            **({"pushed": self.pushed} if self.pushed else {}),
         }

@@ -20,6 +20,17 @@ _CHANGED = {
     "crmsnorm": "Its LayerNorms are CRMSNorms, on one coordinate less (Pre-CRMSNorm).",
     "prmsnorm": "Its RMSNorms look at a part of the coordinates: an approximation (pRMSNorm).",
 }
+_TASKS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForImageClassification": ("AutoModelForImageClassification", "image-classification"),
+}
+"""How a class name ends, the Auto class that loads it, and the Hub's word for what it does."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _CITATIONS = {
     "flashnorm": """@article{graef2024flashnorm,
   title={FlashNorm: fast normalization for LLMs},
@@ -50,11 +61,13 @@ def model_card(folder: Path, manifest: dict[str, Any], repo_id: str) -> str:
     If the source's card is there it follows ours; a section of ours in it is replaced.
     """
     path = folder / "README.md"
-    before = ModelCard(path.read_text(encoding="utf-8")) if path.is_file() else None
-    data = {} if before is None else before.data.to_dict()  # type: ignore[no-untyped-call]
-    text = "" if before is None else _without_ours(before.text)
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    has_metadata = content.lstrip().startswith("---\n")
+    before = ModelCard(content if has_metadata else f"---\n{{}}\n---\n{content}")
+    data = before.data.to_dict()  # type: ignore[no-untyped-call]
+    text = _without_ours(before.text)
     metadata = ModelCardData(**{**data, **_metadata(data, manifest)}, ignore_metadata_errors=True)
-    ours = "\n\n".join([_BEGIN, *_sections(manifest, repo_id), _END])
+    ours = "\n\n".join([_BEGIN, *_sections(folder, manifest, repo_id), _END])
     return f"---\n{metadata.to_yaml()}\n---\n\n{ours}\n\n{text.strip()}\n".rstrip() + "\n"
 
 
@@ -64,6 +77,8 @@ def _metadata(before: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any
         "library_name": before.get("library_name") or "transformers",
         "tags": list(dict.fromkeys([*(before.get("tags") or ()), "normconvert", *rules])),
     }
+    if tag := before.get("pipeline_tag") or _task(manifest)[1]:
+        found["pipeline_tag"] = tag
     if manifest["source"].get("commit"):  # a Hub repository, which a local folder need not be
         found["base_model"] = manifest["source"]["model"]
         # Of the Hub's four relations the one for the same model in other numbers, as it is used
@@ -72,7 +87,12 @@ def _metadata(before: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any
     return found
 
 
-def _sections(manifest: dict[str, Any], repo_id: str) -> list[str]:
+def _task(manifest: dict[str, Any]) -> tuple[str, str | None]:
+    name = manifest["plan"]["model"]
+    return next((task for end, task in _TASKS.items() if name.endswith(end)), ("AutoModel", None))
+
+
+def _sections(folder: Path, manifest: dict[str, Any], repo_id: str) -> list[str]:
     plan, source = manifest["plan"], manifest["source"]
     rules, native = plan["rules"], plan["native"] is not None
     name = source["model"]
@@ -86,7 +106,7 @@ def _sections(manifest: dict[str, Any], repo_id: str) -> list[str]:
         + " ".join(_CHANGED[rule] for rule in shown)
         + f" {norms} norms changed; everything else is as it was.",
         "## How to load it",
-        _loading(repo_id, native),
+        _loading(folder, manifest, repo_id) if native else _AS_EVER,
         "## Verification",
         _verification(manifest.get("verification")),
         "## How it was made",
@@ -98,15 +118,16 @@ def _sections(manifest: dict[str, Any], repo_id: str) -> list[str]:
     ]
 
 
-def _loading(repo_id: str, native: bool) -> str:
-    if not native:
-        return "As ever: every runtime that loads the original loads this."
-    return (
-        "```python\n"
-        f'AutoModelForCausalLM.from_pretrained("{repo_id}", trust_remote_code=True)\n'
-        f'AutoTokenizer.from_pretrained("{repo_id}", trust_remote_code=True)\n'
-        "```\n\n"
-        "It carries the one file of code for its norms. After `import normconvert` it loads "
+_AS_EVER = "As ever: every runtime that loads the original loads this."
+
+
+def _loading(folder: Path, manifest: dict[str, Any], repo_id: str) -> str:
+    classes = [_task(manifest)[0]]
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        classes.append("AutoTokenizer")
+    lines = [f'{name}.from_pretrained("{repo_id}", trust_remote_code=True)' for name in classes]
+    return "\n".join(["```python", *lines, "```"]) + (
+        "\n\nIt carries the one file of code for its norms. After `import normconvert` it loads "
         "without `trust_remote_code`."
     )
 
@@ -114,6 +135,9 @@ def _loading(repo_id: str, native: bool) -> str:
 def _verification(report: dict[str, Any] | None) -> str:
     if report is None:
         return "This conversion was not verified."
+    certificate = report.get("certificate")
+    if certificate and not report["comparisons"]:
+        return " ".join([_certified(certificate) + ".", *report["notes"]])
     lines = [
         "| | " + " | ".join(each["tokens"] for each in report["comparisons"]) + " |",
         "|---" * (1 + len(report["comparisons"])) + "|",
@@ -127,13 +151,16 @@ def _verification(report: dict[str, Any] | None) -> str:
         cells = [form.format(each[key]) for each in report["comparisons"]]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     verdict = "Equivalent" if report["equivalent"] else "Not equivalent"
-    certificate = report.get("certificate")
     if certificate and certificate["problem_count"] == 0:
-        verdict += (
-            f"; {certificate['rewritten']} rewritten tensors are the exact values rounded once, "
-            f"{certificate['copied']} tensors are the original's"
-        )
+        verdict += f"; {_certified(certificate)}"
     return f"{verdict} (computed in {report['dtype']}).\n\n" + "\n".join(lines)
+
+
+def _certified(certificate: dict[str, Any]) -> str:
+    return (
+        f"{certificate['rewritten']} rewritten tensors are the exact values rounded once, "
+        f"{certificate['copied']} tensors are the original's"
+    )
 
 
 def _command(manifest: dict[str, Any]) -> str:

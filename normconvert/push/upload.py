@@ -12,7 +12,10 @@ from normconvert.source.checkpoint import read_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from huggingface_hub import CommitOperationAdd
+
 MANIFEST = "normconvert.json"
+_WEIGHTS = (".safetensors", ".safetensors.index.json")
 _LEFT_OUT = frozenset({".git", ".cache"})
 
 
@@ -49,27 +52,93 @@ def push(
     manifest = _manifest(folder)
     if not unverified:
         _require_verified(folder, manifest)
-    from huggingface_hub import CommitOperationAdd, HfApi
+    upload = Upload(repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
+    return upload.commit(folder, commit_message)
 
-    from normconvert.push.card import model_card
 
-    card = model_card(folder, manifest, repo_id).encode()
-    with _refusals(repo_id):
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.create_commit(
-            repo_id,
-            operations=[
-                CommitOperationAdd("README.md", card),
-                *(CommitOperationAdd(name, path) for name, path in _files(folder)),
-            ],
-            commit_message=commit_message or _message(manifest),
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(commit.pr_url or commit.commit_url)
+class Upload:
+    """A commit in the making on the Hub repository `repo_id`; see `push` for the arguments.
+
+    Files may be sent one by one before the rest is there. None of them is seen before `commit`.
+
+    Raises:
+        PushError: the Hub refuses it, as every method may, or the repository holds something else.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> None:
+        from huggingface_hub import HfApi
+
+        self._repo_id = repo_id
+        self._where: dict[str, Any] = {"revision": revision, "create_pr": create_pr}
+        self._sent: list[CommitOperationAdd] = []
+        with _refusals(repo_id):
+            self._api = HfApi(token=token)
+            self._api.create_repo(repo_id, private=private or None, exist_ok=True)
+            if revision is not None and not create_pr:
+                self._api.create_branch(repo_id, branch=revision, exist_ok=True)
+            self._present = frozenset(
+                self._api.list_repo_files(repo_id, revision=None if create_pr else revision)
+            )
+        if revision is None and not create_pr:
+            self._require_ours()
+
+    def send(self, path: Path) -> bool:
+        """Send the file `path` of the checkpoint's folder; whether it may be removed here."""
+        from huggingface_hub import CommitOperationAdd
+
+        with _refusals(self._repo_id):
+            file = CommitOperationAdd(path.name, path)
+            self._api.preupload_lfs_files(self._repo_id, [file], **self._where)
+        self._sent.append(file)
+        return file.path_or_fileobj == b""  # a small file goes with the commit itself
+
+    def commit(self, folder: Path, message: str | None = None) -> str:
+        """Publish `folder` with all that was sent of it, and a model card, in one commit; its URL.
+
+        Weights of another layout, which would be read in the place of these, are removed there.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        from normconvert.push.card import model_card
+
+        manifest = _manifest(folder)
+        card = model_card(folder, manifest, self._repo_id).encode()
+        sent = {file.path_in_repo for file in self._sent}
+        rest = [(name, path) for name, path in _files(folder) if name not in sent]
+        stale = self._present - sent - {name for name, _ in rest}
+        with _refusals(self._repo_id):
+            commit = self._api.create_commit(
+                self._repo_id,
+                operations=[
+                    CommitOperationAdd("README.md", card),
+                    *self._sent,
+                    *(CommitOperationAdd(name, path) for name, path in rest),
+                    *(CommitOperationDelete(name) for name in sorted(stale) if _is_weights(name)),
+                ],
+                commit_message=message or _message(manifest),
+                **self._where,
+            )
+        return str(commit.pr_url or commit.commit_url)
+
+    def _require_ours(self) -> None:
+        if any(map(_is_weights, self._present)) and MANIFEST not in self._present:
+            raise PushError(
+                f"{self._repo_id} is taken: it holds a checkpoint that is no conversion. Give "
+                "another name, or use `normconvert push` with --revision or --create-pr."
+            )
+
+
+def _is_weights(name: str) -> bool:
+    """Whether transformers would read the file of that name for weights."""
+    return "/" not in name and name.startswith("model") and name.endswith(_WEIGHTS)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -1,16 +1,36 @@
 """Rewrite: a plan becomes a folder, in one streaming pass over the checkpoint's bytes."""
 
 from normconvert.rewrite.examine import IDENTITY, examine
-from normconvert.rewrite.folder import Staged, stage
-from normconvert.rewrite.writer import add_to_manifest, preview, rules_in_manifest, write
+from normconvert.rewrite.folder import Staged, stage, writing
+from normconvert.rewrite.layout import Layout, lay_out, reads
+from normconvert.rewrite.writer import (
+    add_to_manifest,
+    empty,
+    is_complete,
+    preview,
+    require_space,
+    rules_in_manifest,
+    write,
+    write_files,
+    write_shards,
+)
 
 __all__ = [
     "IDENTITY",
+    "Layout",
     "Staged",
     "add_to_manifest",
+    "empty",
     "examine",
+    "is_complete",
+    "lay_out",
     "preview",
+    "reads",
+    "require_space",
     "rules_in_manifest",
     "stage",
     "write",
+    "write_files",
+    "write_shards",
+    "writing",
 ]

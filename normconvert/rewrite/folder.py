@@ -115,7 +115,7 @@ def stage(
 
     What killed runs left behind beside `output` is removed, or put back if it is the older
     output itself. With `resume` the folder is the latest of what they left. With `resume` or `keep`
-    it stays if this run is broken off in its turn.
+    it stays if this run is broken off in its turn, or the source cannot be read any more.
 
     Raises:
         RewriteError: the place cannot be written.
@@ -138,6 +138,9 @@ def stage(
     kept = False
     try:
         yield Staged(path, output, force)
+    except SourceError:  # the Hub may answer again
+        kept = resume
+        raise
     except Exception:
         raise
     except BaseException:  # broken off, not failed
@@ -155,6 +158,15 @@ def _remove(path: Path, missing: list[Path]) -> None:
         with suppress(OSError):  # they hold the output, or another's
             for folder in missing:
                 folder.rmdir()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the operating system refuses while `path` is written, as one sentence of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def cannot_write(path: Path, error: OSError) -> NormconvertError:

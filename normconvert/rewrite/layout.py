@@ -9,6 +9,7 @@ from heapq import heappop, heappush
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from normconvert.ir.expression import tensors as tensors_of
 from normconvert.ir.plan import DTYPE_BYTES
 from normconvert.source import Checkpoint, Header, Shard, Tensor, encode_header
 
@@ -106,6 +107,12 @@ def divide(layouts: tuple[Layout, ...], count: int) -> tuple[tuple[Layout, ...],
         parts[part].append(layout)
         heappush(smallest, (size + layout.size, part))
     return tuple(tuple(part) for part in parts)
+
+
+def reads(layout: Layout) -> set[str]:
+    """The source's tensors that the shard's edits are made of, in whatever shard they lie."""
+    edits = (placed.edit for placed in layout.tensors if placed.edit is not None)
+    return {name for edit in edits for name in tensors_of(edit.expression)}
 
 
 def batches(layout: Layout, nbytes: int) -> Iterator[list[Span]]:

@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
@@ -24,10 +24,10 @@ from normconvert.ir.event import Event, Listener
 from normconvert.ir.native import MODELING_FILE
 from normconvert.processes import ALONE, Processes
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
-from normconvert.rewrite.folder import MANIFEST, cannot_write, files_in
+from normconvert.rewrite.folder import MANIFEST, files_in, writing
 from normconvert.rewrite.layout import Layout, Span, batches, divide, lay_out, row_blocks
-from normconvert.source.checkpoint import INDEX_FILE, Checkpoint, Shard, read_json
-from normconvert.source.header import read_header
+from normconvert.source import Checkpoint, Shard, read_header
+from normconvert.source.checkpoint import INDEX_FILE, read_json
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Plan
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 16 << 20
 _KEPT_BYTES = 16 << 20  # once that is freed, glibc's malloc keeps smaller blocks mapped
 _NOT_SUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_BEGUN = ".normconvert-begun.json"  # of what conversion a folder holds the first shards
+_OURS = ".normconvert-"  # so begin the notes of a conversion that is not complete
+_BEGUN = f"{_OURS}begun.json"  # of what conversion a folder holds the first shards
 _LEFT_OUT = frozenset({".git", ".cache"})  # of a clone or a download, not of the checkpoint
 
 
@@ -58,31 +59,40 @@ def write(
             source changed while it was read.
     """
     layouts = lay_out(plan, checkpoint)
-    try:
+    with writing(folder):
         conversion = _conversion(layouts, manifest)
         kept = _complete(layouts, folder, conversion)
-        _empty(folder, keeping=kept)
+        empty(folder, keeping=kept)
         (folder / _BEGUN).write_text(conversion)
         missing = tuple(layout for layout in layouts if layout.shard.name not in kept)
-        _require_space(folder, sum(layout.size for layout in missing))
-        _copy_files(checkpoint, folder)
-        _write_config(plan, checkpoint, folder)
+        require_space(folder, sum(layout.size for layout in missing))
+        write_files(plan, checkpoint, layouts, folder, manifest)
         processes.share(partial(_write_part, missing, checkpoint, folder), listen)
-        _write_index(layouts, checkpoint, folder)
         (folder / _BEGUN).unlink()
-        whole = {**manifest, "files": files_in(folder)}
-        (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n")
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+
+
+def write_files(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    layouts: tuple[Layout, ...],
+    folder: Path,
+    manifest: dict[str, Any],
+) -> None:
+    """Write all of the output but its weights, `manifest` with the list of all files included."""
+    _copy_files(checkpoint, folder)
+    _write_config(plan, checkpoint, folder)
+    _write_index(layouts, checkpoint, folder)
+    names = {*files_in(folder), *(layout.shard.name for layout in layouts)}
+    listed = sorted(name for name in names if name != MANIFEST and not name.startswith(_OURS))
+    whole = {**manifest, "files": listed}
+    (folder / MANIFEST).write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def add_to_manifest(folder: Path, key: str, value: Any) -> None:
     """Note `value`, plain data, in the manifest of a folder that `write` has filled."""
-    try:
+    with writing(folder):
         manifest = read_json(folder / MANIFEST)
         (folder / MANIFEST).write_text(json.dumps({**manifest, key: value}, indent=1) + "\n")
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def preview(plan: Plan, checkpoint: Checkpoint, folder: Path) -> Checkpoint:
@@ -123,10 +133,11 @@ def _complete(layouts: tuple[Layout, ...], folder: Path, conversion: str) -> set
     begun = folder / _BEGUN
     if not begun.is_file() or begun.read_text() != conversion:
         return set()
-    return {layout.shard.name for layout in layouts if _is_complete(layout, folder)}
+    return {layout.shard.name for layout in layouts if is_complete(layout, folder)}
 
 
-def _is_complete(layout: Layout, folder: Path) -> bool:
+def is_complete(layout: Layout, folder: Path) -> bool:
+    """Whether the shard is in `folder`, by its size and header."""
     path = folder / layout.shard.name
     if not path.is_file() or path.stat().st_size != layout.size:
         return False
@@ -134,13 +145,19 @@ def _is_complete(layout: Layout, folder: Path) -> bool:
         return file.read(len(layout.header)) == layout.header
 
 
-def _empty(folder: Path, *, keeping: set[str]) -> None:
+def empty(folder: Path, *, keeping: set[str]) -> None:
+    """Remove all but the files `keeping` from `folder`."""
     for name in files_in(folder):
         if name not in keeping:
             (folder / name).unlink()
+    for root, folders, _ in os.walk(folder, topdown=False):
+        for name in folders:
+            with suppress(OSError):  # it holds a file that is kept
+                Path(root, name).rmdir()
 
 
-def _require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OSError unless the disk under `folder` has that many bytes left."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"it needs {needed:,} bytes and {free:,} are free")
@@ -211,7 +228,7 @@ def _write_part(
     if rank:
         _require_same_files(checkpoint, folder)
     part = divide(layouts, count)[rank]
-    _write_shards(part, checkpoint, folder, listen, durably=count > 1)
+    write_shards(part, checkpoint, folder, listen, durably=count > 1)
 
 
 def _require_same_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -226,15 +243,15 @@ def _require_same_files(checkpoint: Checkpoint, folder: Path) -> None:
             raise RewriteError(f"{gethostname()} sees no such {shard.path}; {remedy}.")
 
 
-def _write_shards(
+def write_shards(
     layouts: tuple[Layout, ...],
     checkpoint: Checkpoint,
     folder: Path,
     listen: Listener,
     *,
-    durably: bool,
+    durably: bool = False,
 ) -> None:
-    """One pass over all shards on a small pool; torch and the disk leave the GIL.
+    """One pass over the shards on a small pool; torch and the disk leave the GIL.
 
     The last one reaches the disk with the folder, unless it is to be written `durably`.
     """

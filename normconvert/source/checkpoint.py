@@ -10,20 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from normconvert.errors import SourceError
-from normconvert.source.header import Header, Tensor, read_header
-from normconvert.source.hub import fetch
+from normconvert.source.header import Header, Shard, Tensor, read_header
+from normconvert.source.hub import Extent, Snapshot, fetch
+from normconvert.source.remote import remote_headers
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """One safetensors file of the checkpoint; `name` is relative to the folder."""
-
-    name: str
-    path: Path
-    header: Header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,27 +51,33 @@ class Checkpoint:
     @property
     def has_index(self) -> bool:
         """Whether the shards are listed in an index file."""
-        return not (self.folder / SINGLE_FILE).is_file()
+        return self.shards[0].name != SINGLE_FILE
 
 
-def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, extent: Extent = "files"
+) -> Checkpoint:
     """Open the local folder or the Hub repository `model`, reading headers only.
 
-    `revision` is a branch, tag or commit of a Hub repository.
+    `revision` is a branch, tag or commit of a Hub repository. Of its files `extent` says which are
+    fetched. Its weights are not: their headers are read where they are, if the Hub's cache on this
+    machine does not have them.
 
     Raises:
         SourceError: something is missing, damaged or unsupported; the message names it.
     """
-    folder, commit = fetch(model, revision)
+    snapshot = fetch(model, revision, extent)
+    folder = snapshot.folder
     config = read_json(folder / "config.json")
     _refuse_quantised(folder / "config.json", config)
-    shards = tuple(
-        Shard(name=name, path=folder / name, header=read_header(folder / name))
-        for name in _shard_names(folder)
+    names = _shard_names(snapshot)
+    headers = _headers(model, snapshot, names)
+    shards = tuple(Shard(name=name, path=folder / name, header=headers[name]) for name in names)
+    checkpoint = Checkpoint(
+        model=model, folder=folder, commit=snapshot.commit, config=config, shards=shards
     )
-    if (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
+    if checkpoint.has_index:
         _check_index(folder, shards)
-    checkpoint = Checkpoint(model=model, folder=folder, commit=commit, config=config, shards=shards)
     _refuse_packed(checkpoint)
     return checkpoint
 
@@ -107,26 +105,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _shard_names(folder: Path) -> list[str]:
+def _headers(model: str, snapshot: Snapshot, names: list[str]) -> dict[str, Header]:
+    here = [name for name in names if (snapshot.folder / name).is_file()]
+    headers = {name: read_header(snapshot.folder / name) for name in here}
+    there = [name for name in names if name not in headers]
+    if there and snapshot.commit is not None:
+        headers |= dict(zip(there, remote_headers(model, snapshot.commit, there), strict=True))
+    return headers
+
+
+def _shard_names(snapshot: Snapshot) -> list[str]:
     """The checkpoint's files, found as transformers finds them: one file, or an index."""
-    if (folder / SINGLE_FILE).is_file():
+    if SINGLE_FILE in snapshot.names:
         return [SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
-        names = list(dict.fromkeys(_weight_map(folder).values()))
+    if INDEX_FILE in snapshot.names:
+        names = list(dict.fromkeys(_weight_map(snapshot.folder).values()))
         for name in names:
-            _check_shard_name(folder, name)
+            _check_shard_name(snapshot, name)
         return names
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    pickles = sorted(name for name in snapshot.names if name.endswith(".bin") and "/" not in name)
     if pickles:
         raise SourceError(
-            f"{folder} holds its weights as a pickle ({pickles[0]}); save it as safetensors "
-            "first: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')"
+            f"{snapshot.place} holds its weights as a pickle ({pickles[0]}); save it as "
+            "safetensors first: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')"
             ".save_pretrained(NEW_FOLDER)."
         )
     raise SourceError(
-        f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give the folder of a checkpoint "
-        "with safetensors weights."
+        f"{snapshot.place} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a checkpoint with "
+        f"safetensors weights{_or(snapshot)}."
     )
+
+
+def _or(snapshot: Snapshot) -> str:
+    return "" if snapshot.commit is None else f", or {snapshot.remedy}"
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -141,20 +152,20 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_shard_name(folder: Path, name: str) -> None:
+def _check_shard_name(snapshot: Snapshot, name: str) -> None:
     simple = (
         os.path.basename(name) == name and len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
     )
     if name in ("", ".", "..") or not simple or "\\" in name or not name.isprintable():
         shown = name if len(name) <= _LONGEST_NAME else f"{name[:40]}..."
         raise SourceError(
-            f"{folder / INDEX_FILE} names {shown!r}, which is not a file beside it; "
+            f"{snapshot.folder / INDEX_FILE} names {shown!r}, which is not a file beside it; "
             "normconvert reads nothing outside the checkpoint's folder."
         )
-    if not (folder / name).is_file():
+    if name not in snapshot.names:
         raise SourceError(
-            f"The shard {name} is missing from {folder}, although {INDEX_FILE} names it; "
-            "download it."
+            f"The shard {name} is missing from {snapshot.place}, although {INDEX_FILE} names it; "
+            f"{snapshot.remedy}."
         )
 
 

@@ -58,6 +58,17 @@ class _Findings:
     def add(self, place: str, what: str) -> None:
         self.problems.append(Problem(place=place, what=what))
 
+    def certificate(self, *, rewritten: int = 0, copied: int = 0, files: int = 0) -> Certificate:
+        problems = sorted(self.problems, key=lambda problem: problem.place)
+        return Certificate(
+            rewritten=rewritten,
+            copied=copied,
+            files=files,
+            undecided=self.undecided,
+            problem_count=len(problems),
+            problems=tuple(problems[:_SHOWN]),
+        )
+
 
 def certify(
     plan: Plan, original: Checkpoint, converted: Checkpoint, listen: Listener
@@ -66,28 +77,52 @@ def certify(
 
     `plan` is one that was made anew; the one stored with `converted` has to be the same.
     """
+    return together(
+        certify_form(plan, original, converted),
+        certify_tensors(plan, original, converted, listen),
+    )
+
+
+def certify_form(plan: Plan, original: Checkpoint, converted: Checkpoint) -> Certificate:
+    """The certificate of everything but the tensors' values, for which headers are enough."""
     findings = _Findings()
     _check_stored_plan(plan, converted, findings)
     _check_config(plan, original, converted, findings)
     compared = _check_files(plan, original, converted, findings)
+    _check_names(plan, original, converted, findings)
+    return findings.certificate(files=compared)
+
+
+def certify_tensors(
+    plan: Plan, original: Checkpoint, converted: Checkpoint, listen: Listener
+) -> Certificate:
+    """The certificate of the values of all tensors in `converted`, which may be a part of it.
+
+    `original` needs to have what the plan makes them of.
+    """
+    findings = _Findings()
     edits = {edit.tensor: edit for edit in plan.edits}
-    copied = _check_names(plan, original, converted, findings)
     rewritten = [
-        name
+        edits[name]
         for name in converted.tensors
         if name in edits and _fits(edits[name], converted, findings)
     ]
-    _check_tensors(
-        original, converted, copied, [edits[name] for name in rewritten], findings, listen
-    )
-    problems = sorted(findings.problems, key=lambda problem: problem.place)
+    known = original.tensors.keys() - edits.keys() - set(plan.omitted)
+    copied = [name for name in converted.tensors if name in known]
+    _check_tensors(original, converted, copied, rewritten, findings, listen)
+    return findings.certificate(rewritten=len(rewritten), copied=len(copied))
+
+
+def together(*parts: Certificate) -> Certificate:
+    """One certificate of what several have looked at."""
+    problems = [problem for part in parts for problem in part.problems]
     return Certificate(
-        rewritten=len(rewritten),
-        copied=len(copied),
-        files=compared,
-        undecided=findings.undecided,
-        problem_count=len(problems),
-        problems=tuple(problems[:_SHOWN]),
+        rewritten=sum(part.rewritten for part in parts),
+        copied=sum(part.copied for part in parts),
+        files=sum(part.files for part in parts),
+        undecided=sum(part.undecided for part in parts),
+        problem_count=sum(part.problem_count for part in parts),
+        problems=tuple(sorted(problems, key=lambda problem: problem.place)[:_SHOWN]),
     )
 
 
@@ -181,8 +216,8 @@ def _other_files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 def _check_names(
     plan: Plan, original: Checkpoint, converted: Checkpoint, findings: _Findings
-) -> list[str]:
-    """Note the tensors that are missing, extra or misplaced; those that are copies."""
+) -> None:
+    """Note the tensors that are missing, extra or misplaced."""
     edited, omitted = {edit.tensor for edit in plan.edits}, set(plan.omitted)
     expected = (original.tensors.keys() | edited) - omitted
     for name in sorted(expected - converted.tensors.keys()):
@@ -192,9 +227,6 @@ def _check_names(
     for name in original.tensors.keys() & converted.tensors.keys():
         if original.paths[name].name != converted.paths[name].name:
             findings.add(name, f"it lies in {converted.paths[name].name}, not in its shard")
-    return [
-        name for name in original.tensors if name in converted.tensors and name in expected - edited
-    ]
 
 
 def _fits(edit: Edit, converted: Checkpoint, findings: _Findings) -> bool:
