@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from normconvert import __version__
+from normconvert.cli.bench import bench
 from normconvert.cli.conversion import run_conversion
 from normconvert.cli.options import (
     Branch,
@@ -41,9 +42,6 @@ from normconvert.cli.options import (
     Unverified,
 )
 from normconvert.errors import NormconvertError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -335,6 +333,9 @@ def verify_equivalence(
 
         html.write_text(page(report), encoding="utf-8")
     raise typer.Exit(0 if report.equivalent else 1)
+
+
+app.command()(bench)
 
 
 @app.command()

@@ -17,6 +17,7 @@ _TITLES = {
     "writing": "Writing the weights",
     "certifying": "Checking the weights",
     "verifying": "Comparing the logits",
+    "measuring": "Measuring",
 }
 
 

@@ -1,0 +1,70 @@
+"""A training step: forward, backward and SGD."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from normconvert.bench.models import nbytes, without_norms
+from normconvert.bench.passes import inputs_of, random_ids, writes_text
+from normconvert.bench.rounds import Stopwatch, stopwatch
+from normconvert.errors import BenchError, NormconvertError
+from normconvert.ir.bench import CEILING, ORIGINAL
+from normconvert.train import as_crmsnorm, as_rmsnorm
+from normconvert.verify.placement import free_memory
+
+TOKENS = 128
+_VARIANTS = {"as_rmsnorm": as_rmsnorm, "as_crmsnorm": as_crmsnorm}
+
+
+def trained(
+    model: Any, paths: tuple[str, ...], *, layer_norms: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Copies of `model` to train by their names, and if some are missing, why.
+
+    As it is; if it has `layer_norms`, as `normconvert.train` changes it; without the norms at
+    `paths`. Dropout is off in all of them, because on a stream it forbids the change.
+
+    Raises:
+        BenchError: they do not fit into memory.
+    """
+    count = 2 + (len(_VARIANTS) if layer_norms else 0)
+    needed = (count + 1) * nbytes(model)  # one of them at a time has gradients
+    if model.device.type == "cpu" and needed > (free := free_memory()):
+        raise BenchError(
+            f"Training takes {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free."
+        )
+    original = copy.deepcopy(model).train()
+    for module in original.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    models, missing = {ORIGINAL: original}, []
+    for name, change in _VARIANTS.items() if layer_norms else ():
+        try:
+            models[name] = change(copy.deepcopy(original))
+        except NormconvertError as error:
+            missing.append(f"{name}: {error}")
+    models[CEILING] = without_norms(original, paths)
+    return models, " ".join(missing) or None
+
+
+def step(model: Any, length: int) -> Stopwatch:
+    """One step on `length` tokens, or on what else the model reads."""
+    if writes_text(model):
+        ids = random_ids(model, length)
+        inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    else:
+        inputs = inputs_of(model, length)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def run() -> None:
+        output = model(**inputs)
+        loss = output["loss"] if "loss" in output else output[0].square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return stopwatch(run, model.device)
