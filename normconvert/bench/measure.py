@@ -17,7 +17,7 @@ from normconvert.bench.claims import claims
 from normconvert.bench.models import load, nbytes, removable, without_norms
 from normconvert.bench.norms import main_norm, measure_deferred, measure_norms
 from normconvert.bench.passes import passing, prompt_length, tasks
-from normconvert.bench.rounds import measured
+from normconvert.bench.rounds import Stopwatch, measured
 from normconvert.bench.training import TOKENS, step, trained
 from normconvert.errors import BenchError, first_line
 from normconvert.ir.bench import CEILING, CONVERTED, ORIGINAL, Bench, Measurement, Task
@@ -132,17 +132,22 @@ def _passes(models: dict[str, Any], options: Options) -> Iterator[Measurement]:
 def _pass(
     task: Task, models: dict[str, Any], length: int, seconds: float, *, compiled: bool
 ) -> Measurement:
-    watches = {}
     with torch.no_grad():
-        for name, model in models.items():
-            try:
-                watches[name] = passing(task, model, length, compiled=compiled)
-            except Exception as error:  # the code of models, and a compiler, may raise anything
-                how = "through torch.compile" if compiled else "here"
-                raise BenchError(
-                    f"The {name} model's {task} cannot be run {how}: {first_line(error)}."
-                ) from error
+        watches = {
+            name: _watch(task, name, model, length, compiled=compiled)
+            for name, model in models.items()
+        }
         return measured(task, length, watches, seconds, compiled=compiled)
+
+
+def _watch(task: Task, name: str, model: Any, length: int, *, compiled: bool) -> Stopwatch:
+    try:
+        return passing(task, model, length, compiled=compiled)
+    except Exception as error:  # the code of models, and a compiler, may raise anything
+        how = "through torch.compile" if compiled else "here"
+        raise BenchError(
+            f"The {task} of the {name} model cannot be run {how}: {first_line(error)}."
+        ) from error
 
 
 def _training(
@@ -165,9 +170,7 @@ def _training(
 
 
 def _not_measured(task: Task, tokens: int, why: str, *, compiled: bool = False) -> Measurement:
-    return Measurement(
-        task=task, compiled=compiled, tokens=tokens, rounds=0, timings=(), note=why
-    )
+    return Measurement(task=task, compiled=compiled, tokens=tokens, rounds=0, timings=(), note=why)
 
 
 def _require_memory(model: Any, checkpoint: Checkpoint) -> None:

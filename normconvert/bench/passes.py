@@ -50,7 +50,7 @@ def passing(task: Task, model: Any, length: int, *, compiled: bool) -> Stopwatch
 def prompt_length(model: Any) -> int:
     """As many tokens as `PROMPT`, or as the model has positions for."""
     text = model.config.get_text_config()
-    known = (getattr(text, name, None) for name in _POSITIONS)
+    known: list[int | None] = [getattr(text, name, None) for name in _POSITIONS]
     return max(1, min([PROMPT, *(size - STEPS for size in known if size)]))
 
 
@@ -84,9 +84,7 @@ def _prefill(model: Any, ids: torch.Tensor, *, compiled: bool) -> Stopwatch:
     It fills a new cache, but for a compiled one: transformers does not compile a prefill that does.
     """
     last = {"logits_to_keep": 1} if _takes(model, "logits_to_keep") else {}
-    return _forward(
-        model, {"input_ids": ids, "use_cache": not compiled, **last}, compiled=compiled
-    )
+    return _forward(model, {"input_ids": ids, "use_cache": not compiled, **last}, compiled=compiled)
 
 
 def _decode(model: Any, ids: torch.Tensor, *, compiled: bool) -> Stopwatch:
@@ -97,9 +95,11 @@ def _decode(model: Any, ids: torch.Tensor, *, compiled: bool) -> Stopwatch:
     """
     from transformers import StaticCache
 
-    prompt, tokens = ids[:, :-STEPS], ids[:, -STEPS:].split(1, dim=1)
+    prompt, tokens = ids[:, :-STEPS], torch.split(ids[:, -STEPS:], 1, dim=1)
     empty = StaticCache(config=model.config, max_cache_len=ids.shape[1]) if compiled else None
     filled = model(input_ids=prompt, past_key_values=empty, use_cache=True).past_key_values
+    if filled is None:
+        raise ValueError("it returns no cache")
     run = _compiled(model) if compiled else model
 
     def seconds() -> float:
@@ -121,4 +121,3 @@ def _compiled(model: Any) -> Any:
 
 def _takes(model: Any, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
-

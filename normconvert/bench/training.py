@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +32,8 @@ def trained(
     Raises:
         BenchError: they do not fit into memory.
     """
-    count = 2 + (len(_VARIANTS) if layer_norms else 0)
-    needed = (count + 1) * nbytes(model)  # one of them at a time has gradients
+    variants = _VARIANTS if layer_norms else {}
+    needed = (len(variants) + 3) * nbytes(model)  # one of them at a time has gradients
     if model.device.type == "cpu" and needed > (free := free_memory()):
         raise BenchError(
             f"Training takes {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free."
@@ -41,14 +42,19 @@ def trained(
     for module in original.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    models, missing = {ORIGINAL: original}, []
-    for name, change in _VARIANTS.items() if layer_norms else ():
-        try:
-            models[name] = change(copy.deepcopy(original))
-        except NormconvertError as error:
-            missing.append(f"{name}: {error}")
-    models[CEILING] = without_norms(original, paths)
-    return models, " ".join(missing) or None
+    changed = {name: _changed(original, change) for name, change in variants.items()}
+    refused = [f"{name}: {each}" for name, each in changed.items() if isinstance(each, str)]
+    changed = {name: each for name, each in changed.items() if not isinstance(each, str)}
+    ceiling = without_norms(original, paths)
+    return {ORIGINAL: original, **changed, CEILING: ceiling}, " ".join(refused) or None
+
+
+def _changed(model: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of `model` that `change` has changed, or why it refuses to."""
+    try:
+        return change(copy.deepcopy(model))
+    except NormconvertError as error:
+        return str(error)
 
 
 def step(model: Any, length: int) -> Stopwatch:

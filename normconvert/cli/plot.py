@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from normconvert.cli.show_bench import claim_line, setting, title
 from normconvert.errors import BenchError
-from normconvert.ir.bench import CEILING, CONVERTED
+from normconvert.ir.bench import CONVERTED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,7 @@ def draw(report: Bench, path: Path) -> None:
     figure: Any = Figure(figsize=(13, 2.5 + _INCHES_PER_BAR * bars), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
     left, right = figure.subplots(1, 2)
-    heading = f"What converting {report.model} buys: times as fast, median and quartiles"
+    heading = f"What converting {report.model} buys: medians and quartiles"
     figure.suptitle(f"{heading}\n{setting(report)}", x=0.01, ha="left")
     _draw_norms(left, norms, report.hidden_size)
     _draw_models(right, models, report.norms)
@@ -59,6 +59,8 @@ def draw(report: Bench, path: Path) -> None:
 
 def _draw_norms(axes: Any, measurements: list[Measurement], hidden_size: int) -> None:
     """Two bars for each kind of norm: on one row and on many."""
+    from matplotlib.patches import Patch
+
     kinds = _kinds(measurements)
     counts = sorted({each.tokens for each in measurements})
     for each in measurements:
@@ -66,12 +68,14 @@ def _draw_norms(axes: Any, measurements: list[Measurement], hidden_size: int) ->
         colour = _MANY_ROWS if many else _ONE_ROW
         for timing in each.timings[1:]:
             _bar(axes, kinds.index(timing.name) + (0.2 if many else -0.2), timing, colour)
-    for count, colour in zip(counts, (_ONE_ROW, _MANY_ROWS), strict=False):
-        axes.barh([0], [0], color=colour, label="1 row" if count == 1 else f"{count} rows")
-    behind = "deferred 1/RMS: than RMSNorm and the linear behind it"
-    _finish(axes, f"A norm alone, than LayerNorm (hidden size {hidden_size})\n{behind}")
+    colours = Patch(color=_ONE_ROW), Patch(color=_MANY_ROWS)
+    below = {"loc": "upper right", "bbox_to_anchor": (1, -0.05), "ncols": 2, "frameon": False}
+    axes.legend(colours, ("1 row", f"{counts[-1]} rows"), **below)
+    behind = "deferred 1/RMS: as RMSNorm, then linear"
+    _finish(
+        axes, f"A norm alone, hidden size {hidden_size}: times as fast as LayerNorm\n({behind})"
+    )
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.legend(loc="lower right", frameon=False)
 
 
 def _draw_models(axes: Any, measurements: list[Measurement], norms: int) -> None:
@@ -81,13 +85,14 @@ def _draw_models(axes: Any, measurements: list[Measurement], norms: int) -> None
         first = place
         for timing in each.timings[1:]:
             share = each.share if timing.name == CONVERTED else None
-            gain = "" if share is None else f" ({share:.0%} of the ceiling's gain)"
+            gain = "" if share is None else f": {share:.0%} of the ceiling's gain"
             colour = _COLOURS.get(timing.name, _GREY)
             _bar(axes, place, timing, colour, f"{timing.name}{gain}")
             place += 0.5
         middles.append((first + place - 0.5) / 2)
         place += 0.4
-    _finish(axes, f"Whole models, than the original\nceiling: without its {norms} norms")
+    ceiling = f"ceiling: the original without its {norms} norms"
+    _finish(axes, f"Whole models: times as fast as the original\n({ceiling})")
     axes.set_yticks(middles, [f"{title(each)}\n{each.tokens} tokens" for each in measurements])
 
 
@@ -110,8 +115,8 @@ def _finish(axes: Any, heading: str) -> None:
     axes.set_title(heading, loc="left", size=10)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.margins(x=0.22)
-    axes.set_xlabel("slower   ←   1   →   faster")
+    axes.margins(x=0.3)
+    axes.set_xlabel("slower   ←   1   →   faster", loc="left")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
