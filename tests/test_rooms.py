@@ -29,6 +29,7 @@ ALLOWED = {
     "rewrite": {*SHARED, "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", *MODELS},
     "train": {"errors", "ir", "model_class", "nn", "rules", "trace"},
+    "bench": {*SHARED, "bench", "nn", "train", "verify", *MODELS},
     "model_class": {*SHARED, "nn"},
     "model_inputs": SHARED,
     "precision": set[str](),
@@ -37,6 +38,7 @@ ALLOWED = {
     "cli": {*SHARED, "cli", "api", "push", "recipe", "__init__"},
 }
 TORCH = {
+    "bench",
     "models",
     "nn",
     "trace",
@@ -49,6 +51,7 @@ TORCH = {
     "torch_dtypes",
 }
 TRANSFORMERS = {
+    "bench",
     "models",
     "nn",
     "trace",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from normconvert.cli.show_bench import claim_line, setting, title
+from normconvert.cli.show_bench import claim_line, setting, title, tokens
 from normconvert.errors import BenchError
 from normconvert.ir.bench import CONVERTED
 
@@ -59,8 +59,6 @@ def draw(report: Bench, path: Path) -> None:
 
 def _draw_norms(axes: Any, measurements: list[Measurement], hidden_size: int) -> None:
     """Two bars for each kind of norm: on one row and on many."""
-    from matplotlib.patches import Patch
-
     kinds = _kinds(measurements)
     counts = sorted({each.tokens for each in measurements})
     for each in measurements:
@@ -68,14 +66,11 @@ def _draw_norms(axes: Any, measurements: list[Measurement], hidden_size: int) ->
         colour = _MANY_ROWS if many else _ONE_ROW
         for timing in each.timings[1:]:
             _bar(axes, kinds.index(timing.name) + (0.2 if many else -0.2), timing, colour)
-    colours = Patch(color=_ONE_ROW), Patch(color=_MANY_ROWS)
-    below = {"loc": "upper right", "bbox_to_anchor": (1, -0.05), "ncols": 2, "frameon": False}
-    axes.legend(colours, ("1 row", f"{counts[-1]} rows"), **below)
-    behind = "deferred 1/RMS: as RMSNorm, then linear"
-    _finish(
-        axes, f"A norm alone, hidden size {hidden_size}: times as fast as LayerNorm\n({behind})"
-    )
-    axes.set_yticks(range(len(kinds)), kinds)
+    heading = f"A norm alone, hidden size {hidden_size}: times as fast as LayerNorm"
+    _finish(axes, f"{heading}\n(light: 1 row, dark: {counts[-1]} rows)", room=0.15)
+    baselines = {t.name: each.timings[0].name for each in measurements for t in each.timings}
+    behind = {kind: f"\n(than {base})" for kind, base in baselines.items() if base != "LayerNorm"}
+    axes.set_yticks(range(len(kinds)), [kind + behind.get(kind, "") for kind in kinds])
 
 
 def _draw_models(axes: Any, measurements: list[Measurement], norms: int) -> None:
@@ -85,15 +80,15 @@ def _draw_models(axes: Any, measurements: list[Measurement], norms: int) -> None
         first = place
         for timing in each.timings[1:]:
             share = each.share if timing.name == CONVERTED else None
-            gain = "" if share is None else f": {share:.0%} of the ceiling's gain"
+            gain = "" if share is None else f", {share:.0%} of the gain"
             colour = _COLOURS.get(timing.name, _GREY)
             _bar(axes, place, timing, colour, f"{timing.name}{gain}")
             place += 0.5
         middles.append((first + place - 0.5) / 2)
         place += 0.4
     ceiling = f"ceiling: the original without its {norms} norms"
-    _finish(axes, f"Whole models: times as fast as the original\n({ceiling})")
-    axes.set_yticks(middles, [f"{title(each)}\n{each.tokens} tokens" for each in measurements])
+    _finish(axes, f"Whole models: times as fast as the original\n({ceiling})", room=0.55)
+    axes.set_yticks(middles, [f"{title(each)}\n{tokens(each)}" for each in measurements])
 
 
 def _bar(axes: Any, place: float, timing: Timing, colour: str, what: str = "") -> None:
@@ -111,12 +106,14 @@ def _bar(axes: Any, place: float, timing: Timing, colour: str, what: str = "") -
     )
 
 
-def _finish(axes: Any, heading: str) -> None:
+def _finish(axes: Any, heading: str, *, room: float) -> None:
+    """The title and the axes, with `room` for the texts, as a share of the width."""
+    low, high = axes.dataLim.intervalx
+    axes.set_xlim(max(0, low - 0.05 * (high - low)), high + room * (high - low))
     axes.set_title(heading, loc="left", size=10)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.invert_yaxis()
-    axes.margins(x=0.3)
-    axes.set_xlabel("slower   ←   1   →   faster", loc="left")
+    axes.set_xlabel("slower   ←   1   →   faster")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 

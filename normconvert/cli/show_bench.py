@@ -47,6 +47,12 @@ def title(measurement: Measurement) -> str:
     return f"{name}, compiled" if measurement.compiled else name
 
 
+def tokens(measurement: Measurement) -> str:
+    """How many tokens a task of whole models is about."""
+    after = "1 token after " if measurement.task == "decode" else ""
+    return f"{after}{measurement.tokens}{'' if after else ' tokens'}"
+
+
 def claim_line(claim: Claim) -> str:
     """What a paper says, and what was measured here, in a line."""
     here = "; ".join(f"{each.what}: {_saved(each.saved)}" for each in claim.measured)
@@ -89,10 +95,8 @@ def _models(report: Bench) -> Table:
     for each in report.measurements:
         if each.task in ("norm", "norm and linear"):
             continue
-        tokens = "a token" if each.task == "decode" else f"{each.tokens} tokens"
-        after = f" after {each.tokens}" if each.task == "decode" else ""
         missing = () if each.timings else ("", "not measured")
-        table.add_row(f"[bold]{title(each)}[/]: {tokens}{after}", *missing)
+        table.add_row(f"[bold]{title(each)}[/]: {tokens(each)}", *missing)
         for timing in each.timings:
             share = each.share if timing.name == CONVERTED else None
             low, median, high = (
