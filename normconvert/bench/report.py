@@ -1,4 +1,4 @@
-"""The order in which everything is measured."""
+"""Everything that is measured, in its order, as one report."""
 
 from __future__ import annotations
 
