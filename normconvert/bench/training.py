@@ -24,29 +24,28 @@ _VARIANTS = {"as_rmsnorm": as_rmsnorm, "as_crmsnorm": as_crmsnorm}
 def trained(
     model: Any, paths: tuple[str, ...], *, layer_norms: bool
 ) -> tuple[dict[str, Any], str | None]:
-    """Copies of `model` to train by their names, and if some are missing, why.
+    """`model` and copies of it to train, by their names, and if some are missing, why.
 
     As it is; if it has `layer_norms`, as `normconvert.train` changes it; without the norms at
-    `paths`. Dropout is off in all of them, because on a stream it forbids the change.
+    `paths`. Dropout is turned off in all, because on a stream it forbids the change.
 
     Raises:
         BenchError: they do not fit into memory.
     """
     variants = _VARIANTS if layer_norms else {}
-    needed = (len(variants) + 3) * nbytes(model)  # one of them at a time has gradients
+    needed = (len(variants) + 2) * nbytes(model)  # of one at a time the gradients
     if model.device.type == "cpu" and needed > (free := free_memory()):
         raise BenchError(
             f"Training takes {needed / 1e9:.1f} GB of memory; {free / 1e9:.1f} GB are free."
         )
-    original = copy.deepcopy(model).train()
-    for module in original.modules():
+    for module in model.train().modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    changed = {name: _changed(original, change) for name, change in variants.items()}
+    changed = {name: _changed(model, change) for name, change in variants.items()}
     refused = [f"{name}: {each}" for name, each in changed.items() if isinstance(each, str)]
     changed = {name: each for name, each in changed.items() if not isinstance(each, str)}
-    ceiling = without_norms(original, paths)
-    return {ORIGINAL: original, **changed, CEILING: ceiling}, " ".join(refused) or None
+    ceiling = without_norms(model, paths)
+    return {ORIGINAL: model, **changed, CEILING: ceiling}, " ".join(refused) or None
 
 
 def _changed(model: Any, change: Callable[[Any], Any]) -> Any:
