@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from normconvert.errors import NormconvertError, PlanError, VerificationError
-from normconvert.ir.bench import Bench
+from normconvert.ir.bench import Bench, BenchOptions
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
 from normconvert.source import Checkpoint, local_path, open_checkpoint
@@ -202,43 +202,29 @@ def verify_equivalence(
 def bench(
     model: str | Path,
     converted: str | Path | None = None,
+    options: BenchOptions | None = None,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    seconds: float = 5.0,
-    compile: bool = True,
     revision: str | None = None,
-    trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Bench:
     """What the conversion of `model` buys on this machine: times, in turn with the original's.
 
     And with the ceiling's, which is the original without its norms. Without `converted`, `model` is
     converted for this in a temporary folder, in the native format and without verification: by
-    "rmsnorm" if it has LayerNorms that become RMSNorms, otherwise by "flashnorm". Both run in
-    `dtype`, by default the one that `model` is stored in, on `device`, with so many `threads` (as
-    torch is set). Each comparison takes `seconds`, and at least five rounds, after whatever
-    `compile` takes, which adds what `torch.compile` makes of the models.
+    "rmsnorm" if it has LayerNorms that become RMSNorms, otherwise by "flashnorm".
 
     Raises:
         NormconvertError: one of them cannot be read, converted or run here.
     """
     from tempfile import TemporaryDirectory
 
-    from normconvert.bench import Options, measure
+    from normconvert.bench import measure
     from normconvert.settle import rules_done
 
-    options = Options(
-        dtype=dtype,
-        device=device,
-        threads=threads,
-        seconds=seconds,
-        compile=compile,
-        trust_remote_code=trust_remote_code,
-    )
+    options = options or BenchOptions()
+    trust = options.trust_remote_code
     original = _open(model, revision, None)
-    graph = _graph(original, (), trust_remote_code, listen)
+    graph = _graph(original, (), trust, listen)
     if converted is not None:
         other = _open(converted, None, None)
         return measure(graph, original, other, rules_done(other), options, listen)
@@ -250,7 +236,7 @@ def bench(
             format="native",
             verify=False,
             revision=revision,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust,
             listen=listen,
         )
         if done.output is None:

@@ -20,7 +20,7 @@ from normconvert.bench import passes, report, rounds
 from normconvert.bench.models import removable, without_norms
 from normconvert.bench.norms import main_norm
 from normconvert.bench.training import step, trained
-from normconvert.ir.bench import Measurement, Quartiles, Timing, quartiles
+from normconvert.ir.bench import Measurement, Quartiles, Timing
 from normconvert.source import open_checkpoint
 from normconvert.trace import trace
 
@@ -279,7 +279,7 @@ def test_everyone_runs_first_as_often(count: int) -> None:
 
 
 def test_quartiles() -> None:
-    assert quartiles([5, 1, 4, 2, 3]) == Quartiles(lower=2, median=3, upper=4)
+    assert rounds.quartiles([5, 1, 4, 2, 3]) == Quartiles(lower=2, median=3, upper=4)
 
 
 def test_the_share_of_the_ceilings_gain() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -27,24 +26,9 @@ from normconvert.verify import place
 from normconvert.verify.placement import free_memory
 
 if TYPE_CHECKING:
+    from normconvert.ir.bench import BenchOptions
     from normconvert.ir.graph import Graph
     from normconvert.source import Checkpoint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """How to measure: in `dtype` (None: the stored one), on `device`, with so many `threads`.
-
-    Each comparison takes `seconds`, or as long as five rounds. With `compile` the models are also
-    run through `torch.compile`.
-    """
-
-    dtype: str | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    seconds: float = 5.0
-    compile: bool = True
-    trust_remote_code: bool = False
 
 
 def measure(
@@ -52,7 +36,7 @@ def measure(
     original: Checkpoint,
     converted: Checkpoint,
     rules: tuple[str, ...],
-    options: Options,
+    options: BenchOptions,
     listen: Listener,
 ) -> Bench:
     """What `converted`, on which `rules` were used, buys; `graph` is that of `original`.
@@ -116,7 +100,7 @@ def _norms(
         yield measure_deferred(size, rows, like, seconds)
 
 
-def _passes(models: dict[str, Any], options: Options) -> Iterator[Measurement]:
+def _passes(models: dict[str, Any], options: BenchOptions) -> Iterator[Measurement]:
     length = prompt_length(models[ORIGINAL])
     every = tasks(models[ORIGINAL])
     for task in every:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TypeAlias
 
 import torch
 
-from normconvert.ir.bench import Measurement, Task, Timing, quartiles
+from normconvert.ir.bench import Measurement, Quartiles, Task, Timing
 
 Stopwatch: TypeAlias = Callable[[], float]
 """Runs a contestant, and gives the seconds that one call of it took."""
@@ -55,6 +56,12 @@ def measured(
     return Measurement(
         task=task, compiled=compiled, tokens=tokens, rounds=rounds, timings=timings, note=note
     )
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """The quartiles of at least two numbers."""
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return Quartiles(lower=lower, median=median, upper=upper)
 
 
 def order(names: Sequence[str], turn: int) -> list[str]:

@@ -19,6 +19,7 @@ from normconvert.cli.options import (
     Threads,
     Trust,
 )
+from normconvert.ir.bench import BenchOptions
 
 
 def bench(
@@ -46,19 +47,16 @@ def bench(
         from normconvert.cli.plot import check_plot, draw
 
         check_plot(plot)
+    options = BenchOptions(
+        dtype=None if dtype == "keep" else dtype,
+        device=device or "cpu",
+        threads=threads,
+        seconds=seconds,
+        compile=not no_compile,
+        trust_remote_code=trust_remote_code,
+    )
     with progress(hidden=as_json) as listen:
-        report = measure(
-            model,
-            converted,
-            dtype=None if dtype == "keep" else dtype,
-            device=device or "cpu",
-            threads=threads,
-            seconds=seconds,
-            compile=not no_compile,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            listen=listen,
-        )
+        report = measure(model, converted, options, revision=revision, listen=listen)
     if plot is not None:
         draw(report, plot)
     if as_json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -16,18 +14,28 @@ ORIGINAL, CONVERTED, CEILING = "original", "converted", "ceiling"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """How to measure: in `dtype` (None: the stored one), on `device`, with so many `threads`.
+
+    Each comparison takes `seconds`, and at least five rounds. With `compile` the models also run
+    through `torch.compile`, which takes what it takes. `threads` None is as torch is set.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    seconds: float = 5.0
+    compile: bool = True
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quartiles:
     """The median of what the rounds measured, and what a quarter of them lie below and above."""
 
     lower: float
     median: float
     upper: float
-
-
-def quartiles(values: Sequence[float]) -> Quartiles:
-    """The quartiles of at least two numbers."""
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return Quartiles(lower=lower, median=median, upper=upper)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
