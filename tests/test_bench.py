@@ -15,12 +15,12 @@ from torch import nn
 
 import zoo
 from command_line import Run, environment, nothing_written, run, run_here
-from normconvert.api import convert
+from normconvert.api import bench, convert
 from normconvert.bench import passes, report, rounds
 from normconvert.bench.models import removable, without_norms
 from normconvert.bench.norms import main_norm
 from normconvert.bench.training import step, trained
-from normconvert.ir.bench import Measurement, Quartiles, Timing
+from normconvert.ir.bench import BenchOptions, Measurement, Quartiles, Timing
 from normconvert.source import open_checkpoint
 from normconvert.trace import trace
 
@@ -123,7 +123,7 @@ def test_a_report_for_people(gpt2: tuple[Run, Path]) -> None:
     assert len(claims) == 2
     for claim in claims:
         here = claim.partition("Here: ")[2]
-        assert all(f"{task}: " in here for task in ("prefill", "decode", "training"))
+        assert all(f"{task}: " in here for task in ("prefill", "decode", "training step"))
 
 
 def test_the_picture(gpt2: tuple[Run, Path]) -> None:
@@ -226,6 +226,16 @@ def test_models_that_write_no_text(name: str, tmp_path: Path) -> None:
     assert not all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
+def test_a_model_of_images(tmp_path: Path) -> None:
+    zoo.save("vit_classifier", tmp_path / "vit", dtype="float32")
+    found = bench(tmp_path / "vit", options=BenchOptions(seconds=0, compile=False))
+    assert found.rules == ("rmsnorm", "flashnorm")
+    whole = [each for each in found.measurements if not each.task.startswith("norm")]
+    assert [(each.task, each.tokens) for each in whole] == [("forward", None), ("training", None)]
+    assert [len(each.timings) for each in whole] == [3, 4]
+    assert all(each.share is None for each in whole[1:])
+
+
 def test_the_hidden_size_is_not_that_of_a_head(tmp_path: Path) -> None:
     zoo.save("qwen3", tmp_path / "qwen3", dtype="float32")
     graph = trace(open_checkpoint(str(tmp_path / "qwen3")))
@@ -324,7 +334,8 @@ def test_other_refusals(tmp_path: Path) -> None:
     refused("done", cwd=tmp_path).assert_refused("done", "converted already", "ORIGINAL")
     refused("nowhere", cwd=tmp_path).assert_refused("nowhere")
     refused(llama, "nowhere", cwd=tmp_path).assert_refused("nowhere")
-    refused(llama, "done", "--device", "moon", cwd=tmp_path).assert_refused("moon")
+    for device in ("moon", "auto", "cuda:0"):
+        refused(llama, "done", "--device", device, cwd=tmp_path).assert_refused(device)
     with mock.patch.object(report, "free_memory", return_value=10):
         result = refused(llama, "done", "--json", cwd=tmp_path)
     result.assert_refused("tiny-llama", "free", "--dtype", code="bench")

@@ -21,7 +21,8 @@ def claims(measurements: Iterable[Measurement], rules: tuple[str, ...]) -> tuple
             alone.append(Saving(what=f"RMSNorm alone, {rows}", saved=norm.saved))
         changed = each.timing("as_rmsnorm" if each.task == "training" else CONVERTED)
         if changed and "rmsnorm" in rules:
-            what = f"{each.task}, compiled" if each.compiled else each.task
+            name = "training step" if each.task == "training" else each.task
+            what = f"{name}, compiled" if each.compiled else name
             whole.append(Saving(what=what, saved=changed.saved))
     return (
         Claim(

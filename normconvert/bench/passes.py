@@ -37,6 +37,11 @@ def tasks(model: Any) -> tuple[Task, ...]:
     return ("prefill", "decode") if writes_text(model) else ("forward",)
 
 
+def reads_text(model: Any) -> bool:
+    """Whether what `model` reads is tokens."""
+    return main_input(model) == "input_ids"
+
+
 def passing(task: Task, model: Any, length: int, *, compiled: bool) -> Stopwatch:
     """A stopwatch of the `task` on a prompt of `length` tokens; it has run once, compiled too."""
     if task == "forward":

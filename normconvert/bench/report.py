@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +16,14 @@ from torch import nn
 from normconvert.bench.claims import claims
 from normconvert.bench.models import load, nbytes, removable, without_norms
 from normconvert.bench.norms import main_norm, measure_deferred, measure_norms
-from normconvert.bench.passes import passing, prompt_length, tasks
+from normconvert.bench.passes import passing, prompt_length, reads_text, tasks
 from normconvert.bench.rounds import Stopwatch, measured
 from normconvert.bench.training import TOKENS, step, trained
 from normconvert.errors import BenchError, first_line
 from normconvert.ir.bench import CEILING, CONVERTED, ORIGINAL, Bench, Measurement, Task
 from normconvert.ir.event import Event, Listener
 from normconvert.quiet import quiet
-from normconvert.verify import place
-from normconvert.verify.placement import free_memory
+from normconvert.verify.placement import free_memory, require_device
 
 if TYPE_CHECKING:
     from normconvert.ir.bench import BenchOptions
@@ -45,7 +45,7 @@ def measure(
         BenchError: one of the models cannot be loaded or run here.
         VerificationError: there is no such device here.
     """
-    place(options.device, None)
+    require_device(options.device)
     device, trust = torch.device(options.device), options.trust_remote_code
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     paths = removable(graph)
@@ -121,7 +121,8 @@ def _pass(
             name: _watch(task, name, model, length, compiled=compiled)
             for name, model in models.items()
         }
-        return measured(task, length, watches, seconds, compiled=compiled)
+        tokens = length if reads_text(models[ORIGINAL]) else None
+        return measured(task, tokens, watches, seconds, compiled=compiled)
 
 
 def _watch(task: Task, name: str, model: Any, length: int, *, compiled: bool) -> Stopwatch:
@@ -140,20 +141,24 @@ def _training(
     """The models that are not the original leave the memory for those that are trained."""
     model = models[ORIGINAL]
     models.clear()
+    gc.collect()
     length = min(TOKENS, prompt_length(model))
+    tokens = length if reads_text(model) else None
     layer_norms = any(norm.kind == "layernorm" for norm in graph.norms)
     try:
         contestants, missing = trained(model, paths, layer_norms=layer_norms)
         watches = {name: step(each, length) for name, each in contestants.items()}
     except BenchError as error:
-        yield _not_measured("training", length, str(error))
+        yield _not_measured("training", tokens, str(error))
     except Exception as error:  # the code of models may raise anything
-        yield _not_measured("training", length, f"It cannot be trained here: {first_line(error)}.")
+        yield _not_measured("training", tokens, f"It cannot be trained here: {first_line(error)}.")
     else:
-        yield measured("training", length, watches, seconds, note=missing)
+        yield measured("training", tokens, watches, seconds, note=missing)
 
 
-def _not_measured(task: Task, tokens: int, why: str, *, compiled: bool = False) -> Measurement:
+def _not_measured(
+    task: Task, tokens: int | None, why: str, *, compiled: bool = False
+) -> Measurement:
     return Measurement(task=task, compiled=compiled, tokens=tokens, rounds=0, timings=(), note=why)
 
 

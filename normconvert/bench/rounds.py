@@ -22,7 +22,7 @@ _SAMPLE = 2e-4  # seconds; shorter calls are repeated until one sample takes abo
 
 def measured(
     task: Task,
-    tokens: int,
+    tokens: int | None,
     contestants: Mapping[str, Stopwatch],
     seconds: float,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,8 @@ def check_plot(path: Path) -> None:
         ) from error
     if path.suffix not in _FORMATS:
         raise BenchError(f"{path} is no name for a picture; end it in {', '.join(_FORMATS)}.")
-    if not path.absolute().parent.is_dir():
-        raise BenchError(f"The folder of {path} does not exist; make it first.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise BenchError(f"{path} cannot be written: its folder does not exist or is read-only.")
 
 
 def draw(report: Bench, path: Path) -> None:
@@ -60,7 +61,7 @@ def draw(report: Bench, path: Path) -> None:
 def _draw_norms(axes: Any, measurements: list[Measurement], hidden_size: int) -> None:
     """Two bars for each kind of norm: on one row and on many."""
     kinds = _kinds(measurements)
-    counts = sorted({each.tokens for each in measurements})
+    counts = sorted(each.tokens or 0 for each in measurements)
     for each in measurements:
         many = each.tokens == counts[-1]
         colour = _MANY_ROWS if many else _ONE_ROW

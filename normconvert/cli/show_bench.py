@@ -49,8 +49,11 @@ def title(measurement: Measurement) -> str:
 
 def tokens(measurement: Measurement) -> str:
     """How many tokens a task of whole models is about."""
-    after = "1 token after " if measurement.task == "decode" else ""
-    return f"{after}{measurement.tokens}{'' if after else ' tokens'}"
+    if measurement.tokens is None:
+        return "1 input"
+    if measurement.task == "decode":
+        return f"1 token after {measurement.tokens}"
+    return f"{measurement.tokens} tokens"
 
 
 def claim_line(claim: Claim) -> str:

@@ -64,12 +64,13 @@ class Measurement:
     norm: a norm alone, on `tokens` rows. norm and linear: with one linear behind it. prefill: a
     forward pass on a prompt of `tokens`. decode: one token after such a prompt, with a cache.
     forward: a forward pass of a model that writes no text. training: forward, backward, SGD.
-    `compiled` says that the models ran through `torch.compile`. Without timings `note` says why.
+    `tokens` is None where an image or a spectrum is read. `compiled` says that the models ran
+    through `torch.compile`. `note` says what could not be measured, and why.
     """
 
     task: Task
     compiled: bool
-    tokens: int
+    tokens: int | None
     rounds: int
     timings: tuple[Timing, ...]
     note: str | None = None
