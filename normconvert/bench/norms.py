@@ -49,13 +49,14 @@ def measure_norms(
         "CRMSNorm": CRMSNorm(size, _EPS),
         "CRMSNorm, d coordinates out": CRMSNorm(size, _EPS, expand=True),
     }
-    if own is not None:
+    kinds = {name: norm.to(like) for name, norm in kinds.items()}
+    if own is not None:  # in the dtype that the model keeps it in
         kinds[f"this model's {type(own).__name__}"] = own
     watches: dict[str, Stopwatch] = {}
     with torch.no_grad():
         for name, norm in kinds.items():
             given = compressed if isinstance(norm, CRMSNorm) else x
-            watches[name] = stopwatch(partial(norm.to(like), given), like.device)
+            watches[name] = stopwatch(partial(norm, given), like.device)
         return measured("norm", rows, watches, seconds)
 
 

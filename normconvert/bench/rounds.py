@@ -82,8 +82,8 @@ def stopwatch(run: Callable[[], object], device: torch.device) -> Stopwatch:
         synchronize(device)
         return (time.perf_counter() - start) / calls
 
-    seconds(1)  # the first call allocates
-    calls = max(1, round(_SAMPLE / seconds(3)))
+    seconds(1)  # the first call allocates, or compiles
+    calls = max(1, round(_SAMPLE / seconds(1)))
     return lambda: seconds(calls)
 
 

@@ -60,8 +60,8 @@ def claim_line(claim: Claim) -> str:
     """What a paper says, and what was measured here, in a line."""
     here = "; ".join(f"{each.what}: {_saved(each.saved)}" for each in claim.measured)
     return (
-        f"{claim.paper} (arXiv {claim.arxiv}): {claim.lower:.0%} to {claim.upper:.0%} less time "
-        f"than LayerNorm. Here: {here or 'no LayerNorm became an RMSNorm'}."
+        f"{claim.paper} (arXiv {claim.arxiv}): models take {claim.lower:.0%} to {claim.upper:.0%} "
+        f"less time than with LayerNorm. Here: {here or 'no LayerNorm became an RMSNorm'}."
     )
 
 
