@@ -19,6 +19,7 @@ _FORMATS = (".png", ".svg", ".pdf")
 _ONE_ROW, _MANY_ROWS, _GREY = "#9ecae1", "#2171b5", "#bdbdbd"
 _COLOURS = {CONVERTED: "#238b45", "as_rmsnorm": "#238b45", "as_crmsnorm": "#74c476"}
 _INCHES_PER_BAR = 0.24
+_LONGEST = 1.5  # times the median
 
 
 def check_plot(path: Path) -> None:
@@ -93,13 +94,17 @@ def _draw_models(axes: Any, measurements: list[Measurement], norms: int) -> None
 
 
 def _bar(axes: Any, place: float, timing: Timing, colour: str, what: str = "") -> None:
-    """From 1 to the median, with a line from quartile to quartile and the number behind it."""
+    """From 1 to the median, with a line from quartile to quartile and the number behind it.
+
+    A line that would make all others short is cut off.
+    """
     speed = timing.speedup
+    upper = min(speed.upper, _LONGEST * speed.median)
     axes.barh(place, speed.median - 1, left=1, height=0.4, color=colour)
-    axes.plot([speed.lower, speed.upper], [place, place], color="black", linewidth=1)
+    axes.plot([speed.lower, upper], [place, place], color="black", linewidth=1)
     axes.annotate(
         f"{speed.median:.2f} {what}".strip(),
-        (max(1, speed.upper), place),
+        (max(1, upper), place),
         xytext=(4, 0),
         textcoords="offset points",
         va="center",
