@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from normconvert.cost import DISK_SPEED, estimate
 from normconvert.errors import NormconvertError, PlanError, VerificationError
+from normconvert.ir.bench import Bench, BenchOptions
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
 from normconvert.processes import ALONE, Processes
@@ -231,6 +232,67 @@ def verify_equivalence(
         placement=placement,
     )
     return replace(report, notes=(*report.notes, *notes))
+
+
+def bench(
+    model: str | Path,
+    converted: str | Path | None = None,
+    options: BenchOptions | None = None,
+    *,
+    revision: str | None = None,
+    listen: Listener = ignore,
+) -> Bench:
+    """What the conversion of `model` buys on this machine: times, in turn with the original's.
+
+    And with the ceiling's, which is the original without its norms. Without `converted`, `model` is
+    converted for this in a temporary folder, in the native format and without verification: by
+    "rmsnorm" if it has LayerNorms that become RMSNorms, otherwise by "flashnorm".
+
+    Raises:
+        NormconvertError: one of them cannot be read, converted or run here.
+    """
+    from tempfile import TemporaryDirectory
+
+    from normconvert.bench import measure
+    from normconvert.settle import rules_done
+
+    options = options or BenchOptions()
+    trust = options.trust_remote_code
+    original = _open(model, revision, None)
+    graph = _graph(original, (), trust, listen)
+    if converted is not None:
+        other = _open(converted, None, None)
+        return measure(graph, original, other, rules_done(other), options, listen)
+    with TemporaryDirectory(prefix="normconvert-bench-") as folder:
+        done = convert(
+            model,
+            Path(folder, "converted"),
+            _fitting(graph, original),
+            format="native",
+            verify=False,
+            revision=revision,
+            trust_remote_code=trust,
+            listen=listen,
+        )
+        if done.output is None:
+            raise NormconvertError(
+                f"{model} is converted already; give the original first: normconvert bench "
+                f"ORIGINAL {model}."
+            )
+        other = _open(done.output, None, None)
+        report = measure(graph, original, other, rules_done(other), options, listen)
+    return replace(report, converted=None)
+
+
+def _fitting(graph: Graph, checkpoint: Checkpoint) -> Rewrite:
+    """The rewrite that changes what the norms of a checkpoint compute, if there is one."""
+    from normconvert.planner import REWRITES, make_plan
+
+    if any(norm.kind == "layernorm" for norm in graph.norms):
+        plan = make_plan(graph, checkpoint, REWRITES["rmsnorm"], format="native")
+        if plan.changed("rmsnorm"):
+            return "rmsnorm"
+    return "flashnorm"
 
 
 def default_output(model: str | Path, rewrite: str) -> Path:

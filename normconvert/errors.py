@@ -50,6 +50,12 @@ class VerificationError(NormconvertError):
     code = "verify"
 
 
+class BenchError(NormconvertError):
+    """A model cannot be run here to be measured."""
+
+    code = "bench"
+
+
 def first_line(error: Exception) -> str:
     """The type and the first line of a foreign exception, to be part of a sentence of ours.
 

@@ -91,6 +91,7 @@ def test_help_is_quick() -> None:
         "import normconvert.api",
         "import normconvert.cli.main as cli; sys.argv[1:] = ['--help']; cli.main()",
         "import normconvert.cli.main as cli; sys.argv[1:] = ['flashnorm', '--help']; cli.main()",
+        "import normconvert.cli.main as cli; sys.argv[1:] = ['bench', '--help']; cli.main()",
     ],
 )
 def test_light_imports(statement: str) -> None:
@@ -123,6 +124,10 @@ OPTIONS = {
     "verify-equivalence": {
         "--json", "--report", "--text", "--dtype <float64|float32|bfloat16|float16>", "--returns",
         "--device", "--device-map", "--max-memory", "--trust-remote-code", "--debug",
+    },
+    "bench": {
+        "--plot", "--dtype <keep|float32|bfloat16|float16>", "--device", "--threads", "--seconds",
+        "--no-compile", "--revision", "--trust-remote-code", "--json", "--debug",
     },
     "push": {
         "--private", "--revision", "--create-pr", "--commit-message", "--token", "--unverified",

@@ -32,6 +32,7 @@ ALLOWED = {
     "rewrite": {*SHARED, "processes", "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", *MODELS},
     "train": {"errors", "ir", "model_class", "nn", "rules", "trace"},
+    "bench": {*SHARED, "bench", "nn", "train", "verify", *MODELS},
     "model_class": {*SHARED, "nn"},
     "model_inputs": SHARED,
     "precision": set[str](),
@@ -40,6 +41,7 @@ ALLOWED = {
     "cli": {*SHARED, "cli", "api", "cost", "processes", "push", "recipe", "__init__"},
 }
 TORCH = {
+    "bench",
     "models",
     "nn",
     "trace",
@@ -53,6 +55,7 @@ TORCH = {
     "torch_dtypes",
 }
 TRANSFORMERS = {
+    "bench",
     "models",
     "nn",
     "trace",

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from normconvert import __version__
+from normconvert.cli.bench import bench
 from normconvert.cli.conversion import run_conversion
 from normconvert.cli.options import (
     Branch,
@@ -348,6 +349,9 @@ def verify_equivalence(
 
         html.write_text(page(report), encoding="utf-8")
     raise typer.Exit(0 if report.equivalent else 1)
+
+
+app.command()(bench)
 
 
 @app.command()

@@ -25,6 +25,10 @@ Dtype = Annotated[
     Literal["keep", "float32", "bfloat16", "float16"],
     typer.Option(help="The dtype to store all floating-point weights in."),
 ]
+BenchDtype = Annotated[
+    Literal["keep", "float32", "bfloat16", "float16"],
+    typer.Option(help="The dtype to run the models in."),
+]
 Target = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -109,6 +113,25 @@ ComputeDtype = Annotated[
 Device = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="Compute on this device, such as cuda:0. Default: cpu.", show_default=False),
+]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="CPU threads. Default: as many as torch takes.", min=1, show_default=False),
+]
+Seconds = Annotated[
+    float, typer.Option(help="How long to measure each comparison; at least five rounds.", min=0)
+]
+NoCompile = Annotated[
+    bool, typer.Option("--no-compile", help="Leave out torch.compile, which takes its time.")
+]
+PlotFile = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--plot",
+        help="Draw the result here: .png, .svg or .pdf. Needs normconvert[plot].",
+        dir_okay=False,
+        show_default=False,
+    ),
 ]
 DeviceMap = Annotated[
     Optional[Literal["auto", "balanced", "balanced_low_0", "sequential"]],  # noqa: UP045

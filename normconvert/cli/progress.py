@@ -18,6 +18,7 @@ _TITLES = {
     "streaming": "Streaming the weights",
     "certifying": "Checking the weights",
     "verifying": "Comparing the logits",
+    "measuring": "Measuring",
 }
 
 

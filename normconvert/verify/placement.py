@@ -55,7 +55,7 @@ def place(
         VerificationError: there is no such device here, or a limit is no size.
     """
     if isinstance(device_map, str) and device_map not in _MAPS:
-        _require_device(device_map)
+        require_device(device_map)
     try:
         for size in (max_memory or {}).values():
             convert_file_size_to_int(size)
@@ -68,7 +68,12 @@ def place(
     )
 
 
-def _require_device(name: str) -> None:
+def require_device(name: str) -> None:
+    """Refuse what is no device, or none of this machine.
+
+    Raises:
+        VerificationError: no tensor can be put on it.
+    """
     remedy = "give a device such as cpu or cuda:0, or the device map auto"
     try:
         device = torch.device(name)
