@@ -1,6 +1,6 @@
 """A checkpoint in an engine that serves it: from a folder to a function of token ids.
 
-python scripts/serving.py ENGINE IDS.npy LOGITS.npz CHECKPOINT...
+python scripts/serving.py ENGINE IDS.npy LOGITS.safetensors CHECKPOINT...
 
 writes the logits of every checkpoint, in float32, under its path. Here is what people do who were
 given a checkpoint: nothing knows normconvert.
@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import save_file
 
 Ids: TypeAlias = "npt.NDArray[np.int64]"  # [batch, length]
 Logits: TypeAlias = "npt.NDArray[np.float32]"  # [batch, length, vocabulary]
@@ -62,21 +63,18 @@ def onnxruntime(checkpoint: Path, work: Path, threads: int) -> Engine:
     program.save(work / "model.onnx")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(
-        work / "model.onnx", options, providers=["CPUExecutionProvider"]
-    )
+    session = ort.InferenceSession(work / "model.onnx", options, providers=["CPUExecutionProvider"])
     return lambda ids: session.run(["logits"], _inputs(ids))[0]
 
 
 def openvino(checkpoint: Path, work: Path, threads: int) -> Engine:
     """OpenVINO, converted from the model in memory, left as model.xml in `work`."""
     import openvino as ov
-    import torch
 
     with warnings.catch_warnings():
         # OpenVINO traces with torch.jit, of which torch and transformers warn.
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", "Converting a tensor to a Python")
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
         program = ov.convert_model(_load(checkpoint), example_input=_example())
     ov.save_model(program, work / "model.xml", compress_to_fp16=False)
@@ -117,7 +115,8 @@ def _load(checkpoint: Path) -> Any:
         checkpoint, dtype="float32", trust_remote_code=True
     )
     model.config.use_cache = False
-    return model.eval()
+    # Nobody trains it: what is exported is what it computes without gradients.
+    return model.requires_grad_(False)
 
 
 def _inputs(ids: Ids) -> dict[str, Any]:
@@ -145,7 +144,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             run = ENGINES[options.engine](checkpoint, Path(work), options.threads)
             found[str(checkpoint)] = run(ids)
-    np.savez(options.logits, **found)
+    save_file(found, options.logits)
 
 
 if __name__ == "__main__":
