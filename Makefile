@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 DEMO := demo-output
 
-.PHONY: demo test quick check coverage mutations format clean
+.PHONY: demo test quick check engines coverage mutations format clean
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
@@ -18,6 +18,9 @@ test: check
 
 quick: check
 	$(BIN)/pytest --numprocesses $(WORKERS) -m 'not coverage'
+
+engines: $(VENV)/engines
+	$(BIN)/pytest tests/engines
 
 coverage: $(VENV)/developing
 	$(BIN)/python scripts/measure_coverage.py
@@ -41,6 +44,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/developing: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/engines: $(VENV)/developing
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,engines]'
 	touch $@
 
 clean:
