@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from normconvert.ir.graph import Argument, Node, Ref, Size, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -35,6 +40,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.module = ""
         self.paused = False
+        self.computes = False
+        """Whether operations on known numbers, such as the sizes of images, are carried out."""
+        self._stale: set[int] = set()
         self._value_of: dict[int, int] = {}
         self._sharing: dict[int, list[torch.Tensor]] = {}
 
@@ -49,9 +57,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for arg in func._schema.arguments
             if arg.alias_info is not None and arg.alias_info.is_write and arg.name in named
         ]
-        result = self._made_up(func, args)
-        if result is None:
-            result = func(*args, **kwargs)
+        if self.computes and self._are_known((args, kwargs), written):
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+        else:
+            result = self._made_up(func, args)
+            if result is None:
+                result = func(*args, **kwargs)
         overwritten = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
         fresh = [
             t
@@ -62,6 +74,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in overwritten:
             self._overwrite_sharers(tensor)
         return result
+
+    def _are_known(self, read: Any, written: list[Any]) -> bool:
+        """Whether all numbers that an operation reads are known.
+
+        Not those of a tensor, on whatever memory, over which unknown ones were written.
+        """
+        tensors = [t for t in tree_leaves(read) if isinstance(t, torch.Tensor)]
+        real = {_storage(t) for t in tensors if not isinstance(t, FakeTensor)}
+        known = not any(isinstance(t, FakeTensor) for t in tensors) and not real & self._stale
+        if not known:
+            over = (t for t in tree_leaves(written) if isinstance(t, torch.Tensor))
+            self._stale |= real & {_storage(t) for t in over}
+        return known
 
     def _made_up(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor | int | None:
         if self.found is None:
@@ -77,6 +102,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._index = (self._index + 1) % self._indices
             return self._index
         return None
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Whatever is recorded inside is forgotten if it ends in an error."""
+        values, nodes, value_of = list(self.values), list(self.nodes), dict(self._value_of)
+        sharing = {storage: list(tensors) for storage, tensors in self._sharing.items()}
+        try:
+            yield
+        except BaseException:
+            self.values, self.nodes, self._value_of = values, nodes, value_of
+            self._sharing, self.module, self.paused = sharing, "", False
+            raise
 
     def value(self, tensor: torch.Tensor) -> int:
         """The value that `tensor` holds now; one not seen before is a constant."""

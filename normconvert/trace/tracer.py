@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Call, Graph, Norm, Tie
 from normconvert.model_class import auto_classes, resolve
-from normconvert.model_inputs import optional_inputs, towers, trace_inputs
+from normconvert.model_inputs import GRID, optional_inputs, towers, trace_inputs
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
 from normconvert.trace.loading import build, load, open_biases
@@ -42,23 +42,15 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
     """The graph of one forward pass of the model that `checkpoint` holds.
 
     If it reads text, its towers for images and the like are run as well, each on its own; one that
-    cannot be is left out, with all others, and so are their norms. If the pass leaves parameters
-    unread, it is run once more with inputs that the model, or a part of it, can do without.
+    cannot be is left out, and so are its norms. If the pass leaves parameters unread, it is run
+    once more with inputs that the model, or a part of it, can do without.
 
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
     """
     with quiet():
         model_class, config = resolve(checkpoint, trust_remote_code)
-    run = partial(_trace, checkpoint, model_class, config)
-    try:
-        return recorded(run)
-    except _TowerError:
-        return recorded(partial(run, with_towers=False))
-
-
-class _TowerError(TraceError):
-    """A tower cannot be run on its own."""
+    return recorded(partial(_trace, checkpoint, model_class, config))
 
 
 def recorded(run: Callable[..., Graph]) -> Graph:
@@ -96,7 +88,6 @@ def _trace(
     config: Any,
     recorder: Recorder,
     *,
-    with_towers: bool = True,
     optional: bool = False,
 ) -> Graph:
     with quiet(), fake_tensors(), torch.no_grad():
@@ -108,7 +99,7 @@ def _trace(
                 f"that can be built: {first_line(error)}."
             ) from error
         leaves, ties = load(model, checkpoint, recorder)
-        return record(model, recorder, leaves, ties, with_towers=with_towers, optional=optional)
+        return record(model, recorder, leaves, ties, with_towers=True, optional=optional)
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -142,11 +133,9 @@ def record(
     calls = _NormCalls(model, recorder)
     returned, of_towers = _run(model, recorder, calls, optional=optional), []
     for path, tower in towers(model).items() if with_towers else ():
-        try:
+        with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
             of_tower = _run(tower, recorder, calls, output_hidden_states=True)
-        except TraceError as error:
-            raise _TowerError(str(error), module=error.module) from error.__cause__
-        of_towers += [(f"{path}.{name}", value) for name, value in of_tower]
+            of_towers += [(f"{path}.{name}", value) for name, value in of_tower]
     return Graph(
         model=type(model).__name__,
         auto_classes=auto_classes(type(model), model.config),
@@ -183,6 +172,7 @@ def _run(
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
         more = _handing_in(model) if optional else nullcontext()
+        recorder.computes = GRID in inputs
         with forgetting(model), readable_numbers(), more, calls, recorder:
             output = model(**inputs, **options)
     except Exception as error:  # the model's own code may raise anything
@@ -256,6 +246,17 @@ class _NormCalls:
         for handle in self._handles:
             handle.remove()
         self._recorder.paused = False
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """The calls inside are forgotten if they end in an error."""
+        norms, calls = dict(self.norms), list(self.calls)
+        try:
+            yield
+        except BaseException:
+            self.norms, self.calls, self._outer = norms, calls, []
+            self._probing = False
+            raise
 
     def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self._recorder.paused:

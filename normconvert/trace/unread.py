@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from normconvert.model_inputs import main_shape, towers
+from normconvert.model_inputs import GRID, main_input, towers, trace_inputs
 from normconvert.trace.caches import forgetting
 from normconvert.trace.naming import readable_numbers
 from normconvert.trace.recorder import Recorder
@@ -47,8 +47,12 @@ def for_images(model: PreTrainedModel, batch: int, length: int) -> tuple[str, ..
         ]
         recorder = Recorder()
         try:
-            with torch.device(model.device), forgetting(model), readable_numbers(), recorder:
-                parts[-1].get_image_features(torch.zeros(main_shape(tower, batch, length)))
+            with torch.device(model.device), forgetting(model), readable_numbers():
+                inputs = trace_inputs(tower, batch, length)
+                recorder.computes = GRID in inputs
+                grids = {"image_grid_thw": inputs[GRID]} if GRID in inputs else {}
+                with recorder:
+                    parts[-1].get_image_features(inputs[main_input(tower)], **grids)
         except Exception:  # foreign code, that may want more than the images
             continue
         read = {value for node in recorder.nodes for value in node.inputs}

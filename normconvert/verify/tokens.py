@@ -54,7 +54,7 @@ def input_sets(
     notes: tuple[str, ...] = ()
     if main != "input_ids":
         drawn = _drawn(model, length, generator)
-        sets = {_NAMES[main]: plain_inputs(model, drawn, random)}
+        sets = {_name(main): plain_inputs(model, drawn, random)}
     else:
         tokens, notes = _token_sets(checkpoint, text, vocabulary, random, trust_remote_code)
         if other is not None:
@@ -130,7 +130,7 @@ def tower_inputs(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
             drawn = _drawn(tower, LENGTH, generator)
         except TraceError:  # then it was not traced either, and is the original's
             continue
-        name = f"{path}, {_NAMES[main_input(tower)]}"
+        name = f"{path}, {_name(main_input(tower))}"
         found[name] = tower, tree_map(_on(model), plain_inputs(tower, drawn, torch.empty(0)))
     return found
 
@@ -146,7 +146,8 @@ def _drawn(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
 
-_NAMES = {"pixel_values": "images", "input_features": "spectra"}
+def _name(main: str) -> str:
+    return "spectra" if main == "input_features" else "images"
 
 
 def _limits(model: Any) -> tuple[int, int]:
