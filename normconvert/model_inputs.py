@@ -77,6 +77,25 @@ def _grid(model: PreTrainedModel) -> list[list[int]]:
     return [[1, 3 * merge, 5 * merge], [1, 2 * merge, merge]]  # 17 merged, which no size is
 
 
+def longest(model: PreTrainedModel) -> int:
+    """How many tokens the model reads at once, by its config; 0 where that does not say."""
+    config = model.config.get_text_config()
+    lengths = [getattr(config, name, None) or 0 for name in _LONGEST]
+    found = [length for length in lengths if length > 0]
+    # In RoBERTa's table of positions the first ones are for padding.
+    found += [
+        each.num_embeddings - each.padding_idx - 1
+        for each in model.modules()
+        if isinstance(each, torch.nn.Embedding)
+        and each.padding_idx is not None
+        and each.num_embeddings in found
+    ]
+    return min(found, default=0)
+
+
+_LONGEST = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+
+
 def main_shape(model: PreTrainedModel, batch: int, length: int) -> tuple[int, ...]:
     """The shape of the main input: `length` tokens, or the one image or spectrum size that fits.
 

@@ -6,13 +6,15 @@ A converted model must compute the same with it, or it must not be made.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import normconvert
 import zoo
@@ -323,3 +325,108 @@ def test_a_weight_for_single_tokens(tmp_path: Path) -> None:
         "model.layers.1.post_attention_layernorm": "model.layers.1.mlp.side.weight, which was not "
         "read in the trace, may read it"
     }
+
+
+# --- branches without weights of their own: only a pass through them shows what they read
+
+
+class _OnLongTexts(LlamaMLP):  # type: ignore[misc]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(x)
+        return output + x if x.shape[1] > 1000 else output
+
+
+class OnLongTextsForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].mlp = _OnLongTexts(config)
+
+
+def test_a_norm_that_is_added_in_long_texts(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
+    source = save(lambda: OnLongTextsForCausalLM(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=OnLongTextsForCausalLM).plan
+    kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
+    assert kept == {
+        "model.layers.1.post_attention_layernorm": "it is added to another activation in "
+        "model.layers.1.mlp, not multiplied by a weight"
+    }
+
+
+class _BlockOnLongTexts(GPT2Block):  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = super().forward(*args, **kwargs)
+        return output + output.square() if output.shape[1] > 1000 else output
+
+
+class OnLongTextsLMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.h[1] = _BlockOnLongTexts(config, layer_idx=1)
+
+
+@pytest.mark.parametrize("positions", [1024, 512])
+def test_a_stream_that_is_squared_in_long_texts(positions: int, tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=101, n_embd=54, n_layer=3, n_head=9, n_positions=positions,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    source = save(lambda: OnLongTextsLMHeadModel(config), tmp_path / "source")
+    convert = partial(
+        normconvert.convert, source, tmp_path / "output", "rmsnorm", format="stock",
+        model_class=OnLongTextsLMHeadModel, verify=False,
+    )  # fmt: skip
+    if positions > 1000:
+        with pytest.raises(normconvert.PlanError, match=r"transformer\.h\.1"):
+            convert()
+    else:  # it never gets there
+        assert convert().status == "converted"
+
+
+class _WithAMask(LlamaMLP):  # type: ignore[misc]
+    masked = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(x)
+        return output + x if self.masked else output
+
+
+class WithAMaskForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].mlp = _WithAMask(config)
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        self.model.layers[1].mlp.masked = attention_mask is not None
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+def test_a_norm_that_is_added_if_a_mask_is_given(tmp_path: Path) -> None:
+    """As generation does, which the verification compares."""
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
+    source = save(lambda: WithAMaskForCausalLM(config), tmp_path / "source")
+    conversion = normconvert.convert(source, tmp_path / "output", model_class=WithAMaskForCausalLM)
+    assert conversion.status == "rejected"
+    assert conversion.verification is not None
+    wrong = [each.tokens for each in conversion.verification.comparisons if not each.equivalent]
+    assert wrong == ["token by token"]
+
+
+class _WherePadded(LlamaAttention):  # type: ignore[misc]
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        output, weights = super().forward(hidden_states, *args, **kwargs)
+        padded = kwargs["attention_mask"][..., -1, :].min() < 0
+        return (output + hidden_states if padded else output), weights
+
+
+class WherePaddedForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].self_attn = _WherePadded(config, layer_idx=1)
+
+
+def test_a_branch_on_what_a_mask_holds_is_refused(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
+    source = save(lambda: WherePaddedForCausalLM(config), tmp_path / "source")
+    with pytest.raises(normconvert.TraceError, match="Could not guard on data-dependent"):
+        normconvert.inspect(source, model_class=WherePaddedForCausalLM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from normconvert.errors import TraceError
 from normconvert.ir.graph import Argument, Node, Ref, Size, Value
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.paused = False
         self.computes = False
         """Whether operations on known numbers, such as the sizes of images, are carried out."""
+        self.most_nodes = math.inf
+        """A pass that would need more is broken off: its code loops over what it is given."""
         self._stale: set[int] = set()
         self._value_of: dict[int, int] = {}
         self._sharing: dict[int, list[torch.Tensor]] = {}
@@ -149,6 +153,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(
         self, op: str, arguments: tuple[tuple[str, Argument], ...], outputs: list[torch.Tensor]
     ) -> None:
+        if len(self.nodes) >= self.most_nodes:
+            raise TraceError("it takes too many operations.")
         values = tuple(self.new_value(tensor) for tensor in outputs)
         self.nodes.append(Node(op=op, arguments=arguments, outputs=values, module=self.module))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -17,7 +18,14 @@ from transformers import Cache, PreTrainedModel
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Call, Graph, Norm, Tie
 from normconvert.model_class import auto_classes, resolve
-from normconvert.model_inputs import GRID, optional_inputs, towers, trace_inputs
+from normconvert.model_inputs import (
+    GRID,
+    longest,
+    optional_inputs,
+    reads_ids,
+    towers,
+    trace_inputs,
+)
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
 from normconvert.trace.loading import build, load, open_biases
@@ -34,23 +42,27 @@ if TYPE_CHECKING:
 BATCH, LENGTH = 2, 7
 """Sizes that no model dimension has, so that an axis can be told from its size."""
 
+LONG = 4096
+"""The tokens of a long text, where the config does not say how many a model reads at once."""
+
 FOUND = 3
 """How many elements a search finds, where the model's code must know."""
 
 
-def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
+def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False, long: bool = True) -> Graph:
     """The graph of one forward pass of the model that `checkpoint` holds.
 
-    If it reads text, its towers for images and the like are run as well, each on its own; one that
-    cannot be is left out, and so are its norms. If the pass leaves parameters unread, it is run
-    once more with inputs that the model, or a part of it, can do without.
+    If it reads text, a second pass is on a `long` one, and its towers for images and the like are
+    run, each on its own; what cannot be run is left out, and so are its norms. If the first pass
+    leaves parameters unread, it is run once more with inputs that the model, or a part of it, can
+    do without.
 
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
     """
     with quiet():
         model_class, config = resolve(checkpoint, trust_remote_code)
-    return recorded(partial(_trace, checkpoint, model_class, config))
+    return recorded(partial(_trace, checkpoint, model_class, config, long=long))
 
 
 def recorded(run: Callable[..., Graph]) -> Graph:
@@ -88,6 +100,7 @@ def _trace(
     config: Any,
     recorder: Recorder,
     *,
+    long: bool,
     optional: bool = False,
 ) -> Graph:
     with quiet(), fake_tensors(), torch.no_grad():
@@ -99,7 +112,7 @@ def _trace(
                 f"that can be built: {first_line(error)}."
             ) from error
         leaves, ties = load(model, checkpoint, recorder)
-        return record(model, recorder, leaves, ties, with_towers=True, optional=optional)
+        return record(model, recorder, leaves, ties, with_towers=True, long=long, optional=optional)
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -117,11 +130,13 @@ def record(
     ties: tuple[Tie, ...],
     *,
     with_towers: bool = False,
+    long: bool = False,
     optional: bool = False,
 ) -> Graph:
     """The graph of one forward pass of `model`, which is on fake tensors, as `fake_tensors` makes.
 
-    And of one of each of its towers, `with_towers`; with `optional` inputs as well as needed ones.
+    And of one of each of its towers, `with_towers`; of one on a `long` text; with `optional` inputs
+    as well as needed ones.
 
     Raises:
         TraceError: it cannot be run.
@@ -132,6 +147,7 @@ def record(
     )
     calls = _NormCalls(model, recorder)
     returned, of_towers = _run(model, recorder, calls, optional=optional), []
+    long_outputs = _long_run(model, recorder, calls) if long and reads_ids(model) else ()
     for path, tower in towers(model).items() if with_towers else ():
         with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
             of_tower = _run(tower, recorder, calls, output_hidden_states=True)
@@ -149,6 +165,7 @@ def record(
         calls=tuple(calls.calls),
         open_biases=open_biases(model),
         tie_key=type(model.config).attribute_map.get(_TIE_KEY, _TIE_KEY),
+        long_outputs=tuple(long_outputs),
         towers=tuple(of_towers),
         widths=tuple(widths(model)),
         for_images=for_images(model, BATCH, LENGTH) if with_towers else (),
@@ -156,18 +173,39 @@ def record(
     )
 
 
+def _long_run(
+    model: PreTrainedModel, recorder: Recorder, calls: _NormCalls
+) -> list[tuple[str, int]]:
+    """One pass on as many tokens as the model reads: its code may do otherwise with them.
+
+    Nothing if it cannot be run, or if it loops over the tokens: that would take hours.
+    """
+    length = (longest(model) or LONG) - 3  # an odd one, which no dimension has
+    if length <= LENGTH:
+        return []
+    calls.run, recorder.most_nodes = 1, 2 * len(recorder.nodes)
+    try:
+        with recorder.undone_on_error(), calls.undone_on_error():
+            return _run(model, recorder, calls, length=length)
+    except TraceError:
+        return []
+    finally:
+        calls.run, recorder.most_nodes = 0, math.inf
+
+
 def _run(
     model: PreTrainedModel,
     recorder: Recorder,
     calls: _NormCalls,
     *,
+    length: int = LENGTH,
     optional: bool = False,
     **options: Any,
 ) -> list[tuple[str, int]]:
     """One forward pass, recorded: the name and the value of all that it returns."""
     try:
         with torch.device(model.device):
-            inputs = trace_inputs(model, BATCH, LENGTH)
+            inputs = trace_inputs(model, BATCH, length)
         for name, given in inputs.items():
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
@@ -226,6 +264,7 @@ class _NormCalls:
     def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
         self.norms: dict[str, Norm] = {}
         self.calls: list[Call] = []
+        self.run = 0
         self._recorder = recorder
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._model = model
@@ -285,6 +324,7 @@ class _NormCalls:
                 unused=_unused(module, args, kwargs),
                 outputs=tuple(value for _, value in outputs),
                 output=known[0][1] if known else None,
+                run=self.run,
             )
         )
 

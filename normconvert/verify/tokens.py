@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from normconvert.errors import TraceError
 from normconvert.model_inputs import (
+    longest,
     main_input,
     main_shape,
     optional_inputs,
@@ -152,21 +153,7 @@ def _name(main: str) -> str:
 
 def _limits(model: Any) -> tuple[int, int]:
     """The vocabulary of the model, and how many tokens of it are read at once."""
-    config = model.config.get_text_config()
-    longest = (getattr(config, name, None) or 0 for name in _LONGEST)
-    lengths = [length for length in longest if length > 0]
-    # In RoBERTa's table of positions the first ones are for padding.
-    lengths += [
-        each.num_embeddings - each.padding_idx - 1
-        for each in model.modules()
-        if isinstance(each, torch.nn.Embedding)
-        and each.padding_idx is not None
-        and each.num_embeddings in lengths
-    ]
-    return config.vocab_size, min([LENGTH, *lengths])
-
-
-_LONGEST = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    return model.config.get_text_config().vocab_size, min(LENGTH, longest(model) or LENGTH)
 
 
 def _token_sets(
