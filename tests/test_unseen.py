@@ -412,21 +412,28 @@ def test_a_norm_that_is_added_if_a_mask_is_given(tmp_path: Path) -> None:
     assert wrong == ["token by token"]
 
 
-class _WherePadded(LlamaAttention):  # type: ignore[misc]
+class _AsDataSays(LlamaAttention):  # type: ignore[misc]
     def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         output, weights = super().forward(hidden_states, *args, **kwargs)
-        padded = kwargs["attention_mask"][..., -1, :].min() < 0
-        return (output + hidden_states if padded else output), weights
+        positive = bool(self.o_proj.weight[0, 0] > 0)
+        if positive == self.config.added_if:
+            output = output + hidden_states
+        return output, weights
 
 
-class WherePaddedForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+class AsDataSaysForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model.layers[1].self_attn = _WherePadded(config, layer_idx=1)
+        self.model.layers[1].self_attn = _AsDataSays(config, layer_idx=1)
 
 
-def test_a_branch_on_what_a_mask_holds_is_refused(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
-    source = save(lambda: WherePaddedForCausalLM(config), tmp_path / "source")
-    with pytest.raises(normconvert.TraceError, match="Could not guard on data-dependent"):
-        normconvert.inspect(source, model_class=WherePaddedForCausalLM)
+@pytest.mark.parametrize("added_if", [True, False])
+def test_both_ways_of_a_branch_on_data_are_traced(added_if: bool, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101, added_if=added_if)
+    source = save(lambda: AsDataSaysForCausalLM(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=AsDataSaysForCausalLM).plan
+    kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
+    assert kept == {
+        "model.layers.1.input_layernorm": "it is added to another activation in "
+        "model.layers.1.self_attn, not multiplied by a weight"
+    }

@@ -122,7 +122,8 @@ class Call:
 class Graph:
     """A traced model. See the module's docstring.
 
-    `outputs` are those of the first pass, `long_outputs` the same ones of a pass on a long input.
+    `outputs` are those of the first pass, `other_outputs` the same ones of each further pass: on a
+    long input, or on another way through the model's code.
     `auto_classes` are transformers' classes that load it. `open_biases` maps the weight of each
     Linear without a bias to the name that a bias would have, in the model and on disk. `tie_key`
     is the key of config.json that says whether parameters are tied. `towers` are what parts of the
@@ -144,7 +145,7 @@ class Graph:
     calls: tuple[Call, ...]
     open_biases: tuple[tuple[str, str], ...]
     tie_key: str = "tie_word_embeddings"
-    long_outputs: tuple[tuple[str, int], ...] = ()
+    other_outputs: tuple[tuple[tuple[str, int], ...], ...] = ()
     towers: tuple[tuple[str, int], ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
     for_images: tuple[str, ...] = ()
@@ -161,7 +162,10 @@ class Graph:
         return replace(
             self,
             outputs=tuple(each for each in self.outputs if _field(each) in names),
-            long_outputs=tuple(each for each in self.long_outputs if _field(each) in names),
+            other_outputs=tuple(
+                tuple(each for each in outputs if _field(each) in names)
+                for outputs in self.other_outputs
+            ),
         )
 
     @property
@@ -172,8 +176,12 @@ class Graph:
     @property
     def returned(self) -> tuple[tuple[str, int], ...]:
         """All that leaves the graph: the outputs, and what the towers return."""
-        long = tuple((f"{name} of a long input", value) for name, value in self.long_outputs)
-        return self.outputs + long + self.towers
+        others = tuple(
+            (f"{name} of pass {i}", value)
+            for i, outputs in enumerate(self.other_outputs, 2)
+            for name, value in outputs
+        )
+        return self.outputs + others + self.towers
 
     @cached_property
     def leaf_names(self) -> dict[int, str]:

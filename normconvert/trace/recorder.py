@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from normconvert.errors import TraceError
 from normconvert.ir.graph import Argument, Node, Ref, Size, Value
@@ -26,7 +26,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     knows, so that nothing is concluded about it.
     """
 
-    def __init__(self, *, found: int | None = None, unused: int = 0) -> None:
+    def __init__(self, *, found: int | None = None, unused: int = 0, invents: bool = False) -> None:
         """With `found`, data is made up where a model's code must know it.
 
         A search (`nonzero`) finds so many elements, but in a vector all of them, save for so many
@@ -34,6 +34,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read from a tensor is 0, then 1, and so on up to the size of the last vector that was
         searched: so a loop over the experts that are hit meets every one of them, and whatever
         the model's code does for some only is seen.
+
+        If it `invents`, all integers that depend on data are 0 and all decisions are true, and
+        what is computed of these is known. Each number that the model's code asks for is counted;
+        the one that is `turned` is told otherwise, so that the code may go another way.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.found, self._unused = found, unused
@@ -42,7 +46,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.module = ""
         self.paused = False
-        self.computes = False
+        self.invents = invents
+        self.computes = invents
+        self.asked, self.turned = 0, -1
         """Whether operations on known numbers, such as the sizes of images, are carried out."""
         self.most_nodes = math.inf
         """A pass that would need more is broken off: its code loops over what it is given."""
@@ -64,10 +70,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.computes and self._are_known((args, kwargs), written):
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
+            if self.invents and func is torch.ops.aten._local_scalar_dense.default:
+                result = self._told(result)
         else:
             result = self._made_up(func, args)
             if result is None:
                 result = func(*args, **kwargs)
+            if self.invents and not written:
+                result = tree_map(_invented, result)
         overwritten = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
         fresh = [
             t
@@ -118,6 +128,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.values, self.nodes, self._value_of = values, nodes, value_of
             self._sharing, self.module, self.paused = sharing, "", False
             raise
+
+    def _told(self, number: bool | int) -> bool | int:
+        self.asked += 1
+        if self.asked - 1 != self.turned:
+            return number
+        return not number if isinstance(number, bool) else number + 1
 
     def value(self, tensor: torch.Tensor) -> int:
         """The value that `tensor` holds now; one not seen before is a constant."""
@@ -175,6 +191,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if value is None or isinstance(value, (bool, int, float)):
             return value
         return str(value)
+
+
+def _invented(result: Any) -> Any:
+    """Numbers for a tensor of integers or decisions whose own are not known."""
+    known = not isinstance(result, FakeTensor) or not all(isinstance(n, int) for n in result.shape)
+    if known or result.is_floating_point() or result.is_complex():
+        return result
+    with unset_fake_temporarily():
+        return torch.full(result.shape, result.dtype is torch.bool, dtype=result.dtype)
 
 
 def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,9 @@ BATCH, LENGTH = 2, 7
 LONG = 4096
 """The tokens of a long text, where the config does not say how many a model reads at once."""
 
+MOST_ASKED = 16
+"""How many numbers that are not known a model's code may ask for: each costs a pass."""
+
 FOUND = 3
 """How many elements a search finds, where the model's code must know."""
 
@@ -87,10 +90,13 @@ def _recorded(run: Callable[[Recorder], Graph]) -> Graph:
     try:
         return run(Recorder(found=FOUND))
     except TraceError as error:
-        if not isinstance(error.__cause__, IndexError):
+        if isinstance(error.__cause__, IndexError):
+            # One class more than there are experts is for tokens without one: it is never hit.
+            return run(Recorder(found=FOUND, unused=1))
+        if not isinstance(error.__cause__, GuardOnDataDependentSymNode):
             raise
-    # One class more than there are experts is for tokens without one: it is never hit.
-    return run(Recorder(found=FOUND, unused=1))
+    # Sizes that depend on data need decisions, from which they are computed.
+    return run(Recorder(invents=True))
 
 
 def _trace(
@@ -146,7 +152,9 @@ def record(
     )
     calls = NormCalls(model, recorder)
     returned, of_towers = _run(model, recorder, calls, optional=optional), []
-    long_outputs = _long_run(model, recorder, calls) if long and reads_ids(model) else ()
+    others = _other_ways(model, recorder, calls) if recorder.invents else []
+    if long and reads_ids(model):
+        others += _long_run(model, recorder, calls)
     for path, tower in towers(model).items() if with_towers else ():
         with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
             of_tower = _run(tower, recorder, calls, output_hidden_states=True)
@@ -164,17 +172,36 @@ def record(
         calls=tuple(calls.calls),
         open_biases=open_biases(model),
         tie_key=type(model.config).attribute_map.get(_TIE_KEY, _TIE_KEY),
-        long_outputs=tuple(long_outputs),
+        other_outputs=tuple(map(tuple, others)),
         towers=tuple(of_towers),
         widths=tuple(widths(model)),
         for_images=for_images(model, BATCH, LENGTH) if with_towers else (),
-        searched=recorder.found is not None,
+        searched=recorder.found is not None or recorder.invents,
     )
+
+
+def _other_ways(
+    model: PreTrainedModel, recorder: Recorder, calls: NormCalls
+) -> list[list[tuple[str, int]]]:
+    """A pass for each number that was invented and told, with another one: those that do run.
+
+    Raises:
+        TraceError: there are too many.
+    """
+    asked, found = recorder.asked, []
+    if asked > MOST_ASKED:
+        raise TraceError(f"{type(model).__name__} goes ways that depend on data {asked} times.")
+    for recorder.turned in range(asked):
+        calls.run, recorder.asked = recorder.turned + 1, 0
+        with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
+            found.append(_run(model, recorder, calls))
+    calls.run, recorder.turned = 0, -1
+    return found
 
 
 def _long_run(
     model: PreTrainedModel, recorder: Recorder, calls: NormCalls
-) -> list[tuple[str, int]]:
+) -> list[list[tuple[str, int]]]:
     """One pass on as many tokens as the model reads: its code may do otherwise with them.
 
     Nothing if it cannot be run, or if it loops over the tokens: that would take hours.
@@ -182,10 +209,10 @@ def _long_run(
     length = (longest(model) or LONG) - 3  # an odd one, which no dimension has
     if length <= LENGTH:
         return []
-    calls.run, recorder.most_nodes = 1, 2 * len(recorder.nodes)
+    calls.run, recorder.most_nodes = -1, 2 * len(recorder.nodes)
     try:
         with recorder.undone_on_error(), calls.undone_on_error():
-            return _run(model, recorder, calls, length=length)
+            return [_run(model, recorder, calls, length=length)]
     except TraceError:
         return []
     finally:
@@ -209,7 +236,7 @@ def _run(
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
         more = _handing_in(model) if optional else nullcontext()
-        recorder.computes = GRID in inputs
+        recorder.computes = recorder.invents or GRID in inputs
         with forgetting(model), readable_numbers(), more, calls, recorder:
             output = model(**inputs, **options)
     except Exception as error:  # the model's own code may raise anything
