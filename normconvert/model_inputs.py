@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from normconvert.errors import TraceError
 
@@ -16,14 +17,19 @@ if TYPE_CHECKING:
 MAIN_INPUTS = ("input_ids", "input_features", "pixel_values")
 """Text first: a model that reads both text and images runs on text alone."""
 
+GRID = "grid_thw"
+"""Beside it a vision tower reads images of any size, cut into patches: [patches, pixels]."""
+
 
 def main_input(model: PreTrainedModel) -> str:
-    """The name of the input that `model` cannot do without: one of `MAIN_INPUTS`.
+    """The name of the input that `model` cannot do without: one of `MAIN_INPUTS`, or patches.
 
     Raises:
         TraceError: it takes none of them.
     """
     accepted = _accepted(model)
+    if _in_patches(model):
+        return accepted[0]
     for name in MAIN_INPUTS:
         if name in accepted:
             return name
@@ -56,7 +62,38 @@ def towers(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
 
 
 def _senses(part: PreTrainedModel) -> bool:
-    return not _accepted(part).isdisjoint(MAIN_INPUTS) and main_input(part) != "input_ids"
+    known = _in_patches(part) or not set(MAIN_INPUTS).isdisjoint(_accepted(part))
+    return known and main_input(part) != "input_ids"
+
+
+def _in_patches(model: PreTrainedModel) -> bool:
+    accepted = _accepted(model)
+    return GRID in accepted and "input_ids" not in accepted
+
+
+def _grid(model: PreTrainedModel) -> list[list[int]]:
+    """How many patches two images have each: in time, height and width."""
+    merge = getattr(model.config, "spatial_merge_size", 1)
+    return [[1, 3 * merge, 5 * merge], [1, 2 * merge, merge]]  # 17 merged, which no size is
+
+
+def longest(model: PreTrainedModel) -> int:
+    """How many tokens the model reads at once, by its config; 0 where that does not say."""
+    config = model.config.get_text_config()
+    lengths = [getattr(config, name, None) or 0 for name in _LONGEST]
+    found = [length for length in lengths if length > 0]
+    # In RoBERTa's table of positions the first ones are for padding.
+    found += [
+        each.num_embeddings - each.padding_idx - 1
+        for each in model.modules()
+        if isinstance(each, torch.nn.Embedding)
+        and each.padding_idx is not None
+        and each.num_embeddings in found
+    ]
+    return min(found, default=0)
+
+
+_LONGEST = ("max_position_embeddings", "max_target_positions", "max_seq_len")
 
 
 def main_shape(model: PreTrainedModel, batch: int, length: int) -> tuple[int, ...]:
@@ -65,6 +102,9 @@ def main_shape(model: PreTrainedModel, batch: int, length: int) -> tuple[int, ..
     Raises:
         TraceError: the model's config does not say which size that is.
     """
+    if _in_patches(model):
+        weight = next(m.weight for m in model.modules() if isinstance(m, _FIRST))
+        return sum(math.prod(sizes) for sizes in _grid(model)), weight[0].numel()
     match main_input(model):
         case "pixel_values":
             size = _setting(model, "image_size")
@@ -80,6 +120,9 @@ def main_shape(model: PreTrainedModel, batch: int, length: int) -> tuple[int, ..
             return batch, length
 
 
+_FIRST = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+
+
 def plain_inputs(model: PreTrainedModel, main: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
     """The inputs that the model needs: the main one and, if it has a decoder, ids for that.
 
@@ -90,6 +133,9 @@ def plain_inputs(model: PreTrainedModel, main: torch.Tensor, ids: torch.Tensor) 
         inputs["decoder_input_ids"] = ids
     if "use_cache" in _accepted(model):
         inputs["use_cache"] = False
+    if _in_patches(model):
+        with unset_fake_temporarily():  # the model's code must know the numbers
+            inputs[GRID] = torch.tensor(_grid(model))
     return inputs
 
 
@@ -101,7 +147,7 @@ def optional_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str
     """
     accepted = _accepted(model)
     found: dict[str, Any] = {}
-    if accepted.isdisjoint(MAIN_INPUTS):
+    if set(MAIN_INPUTS).isdisjoint(accepted):
         return found
     size = getattr(model.config.get_text_config(), "hidden_size", None)
     if size and main_input(model) == "input_ids" and "decoder_input_ids" not in accepted:
@@ -131,8 +177,8 @@ def trace_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, A
     return inputs
 
 
-def _accepted(model: PreTrainedModel) -> frozenset[str]:
-    return frozenset(inspect.signature(model.forward).parameters)
+def _accepted(model: PreTrainedModel) -> tuple[str, ...]:
+    return tuple(inspect.signature(model.forward).parameters)
 
 
 def _setting(model: PreTrainedModel, name: str) -> Any:

@@ -73,9 +73,9 @@ def is_felt(model: PreTrainedModel, path: str, reference: torch.Tensor) -> bool:
 
 
 def test_what_no_trace_shows_is_rejected(tmp_path: Path) -> None:
-    """A path that only long inputs take is never traced: that is what verifying is for."""
+    """Neither a short nor a long input takes that path: that is what verifying is for."""
     source, output = tmp_path / "source", tmp_path / "output"
-    torture.save("something_else_for_long_inputs", source)
+    torture.save("something_else_for_middling_inputs", source)
     conversion = normconvert.convert(source, output)
     assert conversion.status == "rejected"
     assert not output.exists()

@@ -6,13 +6,15 @@ A converted model must compute the same with it, or it must not be made.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 import normconvert
 import zoo
@@ -140,6 +142,45 @@ def test_the_same_on_another_input(case: str, rewrite: Any, tmp_path: Path) -> N
     assert (after - before).abs().max() <= EXACT * before.abs().max()
 
 
+def _qwen_vl() -> transformers.PreTrainedModel:
+    return transformers.Qwen2VLForConditionalGeneration(
+        transformers.Qwen2VLConfig(
+            text_config={
+                **_SMALL, "vocab_size": 101, "num_key_value_heads": 3,
+                "rope_parameters": {
+                    "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]
+                },
+            },
+            vision_config={
+                "depth": 3, "num_heads": 9, "embed_dim": 72, "hidden_size": 72, "mlp_ratio": 2,
+                "patch_size": 3,
+            },
+            image_token_id=PLACEHOLDER,
+        )
+    )  # fmt: skip
+
+
+def test_patches_of_images_of_any_size(tmp_path: Path) -> None:
+    source = save(_qwen_vl, tmp_path / "source")
+    conversion = normconvert.convert(source, tmp_path / "output")
+    assert "model.visual.merger.ln_q" in {v.norm for v in conversion.inspection.plan.folded}
+    assert conversion.inspection.plan.kept("flashnorm") == ()
+    verification = conversion.verification
+    assert verification is not None
+    assert "model.visual, images" in [each.tokens for each in verification.comparisons]
+    grid = torch.tensor([[1, 4, 6], [1, 6, 4]])  # four patches are merged: 6 tokens for each image
+    inputs = {
+        "input_ids": _tokens([PLACEHOLDER] * 6),
+        "pixel_values": _random(48, 3 * 2 * 3 * 3),
+        "image_grid_thw": grid,
+        "mm_token_type_ids": torch.arange(11).lt(6).int().expand(2, 11),
+    }
+    before, after = outputs(source, inputs), outputs(tmp_path / "output", inputs)
+    other = outputs(source, {**inputs, "pixel_values": inputs["pixel_values"].flip(0)})
+    assert (other - before).abs().max() > 0.01 * before.abs().max()
+    assert (after - before).abs().max() <= EXACT * before.abs().max()
+
+
 def test_what_cannot_be_shut_out_is_refused(tmp_path: Path) -> None:
     source = save(_fuyu, tmp_path / "source")
     with pytest.raises(
@@ -218,7 +259,8 @@ def test_experts_for_another_modality(tmp_path: Path) -> None:
     layer = "model.language_model.layers.1"
     found = verdicts(source)
     assert found[f"{layer}.post_attention_layernorm"].startswith(f"{layer}.mlp.vision_moe.")
-    assert list(found.values()).count("fold") == 3
+    text = [found[name] for name in found if name.startswith("model.language_model.")]
+    assert text.count("fold") == len(text) - 1 == 4
     ids = _tokens([])
     kinds = torch.zeros_like(ids)
     kinds[:, 3:6] = 1
@@ -234,6 +276,9 @@ def test_a_head_for_images(tmp_path: Path) -> None:
     found = verdicts(source)
     reason = found.pop("model.language_model.norm")
     assert reason.endswith(", which was not read in the trace, may read it")
+    # Its second tower, for images to write, cannot be run: it does not keep the first from being.
+    assert found.pop("model.vision_model.post_layernorm").startswith("it is an output of a part")
+    assert found.pop("model.vision_model.encoder.layers.0.layer_norm1") == "fold"
     assert set(found.values()) == {"fold"}
     normconvert.convert(source, tmp_path / "output", verify=False)
     images = []
@@ -279,4 +324,116 @@ def test_a_weight_for_single_tokens(tmp_path: Path) -> None:
     assert kept == {
         "model.layers.1.post_attention_layernorm": "model.layers.1.mlp.side.weight, which was not "
         "read in the trace, may read it"
+    }
+
+
+# --- branches without weights of their own: only a pass through them shows what they read
+
+
+class _OnLongTexts(LlamaMLP):  # type: ignore[misc]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(x)
+        return output + x if x.shape[1] > 1000 else output
+
+
+class OnLongTextsForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].mlp = _OnLongTexts(config)
+
+
+def test_a_norm_that_is_added_in_long_texts(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
+    source = save(lambda: OnLongTextsForCausalLM(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=OnLongTextsForCausalLM).plan
+    kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
+    assert kept == {
+        "model.layers.1.post_attention_layernorm": "it is added to another activation in "
+        "model.layers.1.mlp, not multiplied by a weight"
+    }
+
+
+class _BlockOnLongTexts(GPT2Block):  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = super().forward(*args, **kwargs)
+        return output + output.square() if output.shape[1] > 1000 else output
+
+
+class OnLongTextsLMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.h[1] = _BlockOnLongTexts(config, layer_idx=1)
+
+
+@pytest.mark.parametrize("positions", [1024, 512])
+def test_a_stream_that_is_squared_in_long_texts(positions: int, tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=101, n_embd=54, n_layer=3, n_head=9, n_positions=positions,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    source = save(lambda: OnLongTextsLMHeadModel(config), tmp_path / "source")
+    convert = partial(
+        normconvert.convert, source, tmp_path / "output", "rmsnorm", format="stock",
+        model_class=OnLongTextsLMHeadModel, verify=False,
+    )  # fmt: skip
+    if positions > 1000:
+        with pytest.raises(normconvert.PlanError, match=r"transformer\.h\.1"):
+            convert()
+    else:  # it never gets there
+        assert convert().status == "converted"
+
+
+class _WithAMask(LlamaMLP):  # type: ignore[misc]
+    masked = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(x)
+        return output + x if self.masked else output
+
+
+class WithAMaskForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].mlp = _WithAMask(config)
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        self.model.layers[1].mlp.masked = attention_mask is not None
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+def test_a_norm_that_is_added_if_a_mask_is_given(tmp_path: Path) -> None:
+    """As generation does, which the verification compares."""
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
+    source = save(lambda: WithAMaskForCausalLM(config), tmp_path / "source")
+    conversion = normconvert.convert(source, tmp_path / "output", model_class=WithAMaskForCausalLM)
+    assert conversion.status == "rejected"
+    assert conversion.verification is not None
+    wrong = [each.tokens for each in conversion.verification.comparisons if not each.equivalent]
+    assert wrong == ["token by token"]
+
+
+class _AsDataSays(LlamaAttention):  # type: ignore[misc]
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        output, weights = super().forward(hidden_states, *args, **kwargs)
+        positive = bool(self.o_proj.weight[0, 0] > 0)
+        if positive == self.config.added_if:
+            output = output + hidden_states
+        return output, weights
+
+
+class AsDataSaysForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].self_attn = _AsDataSays(config, layer_idx=1)
+
+
+@pytest.mark.parametrize("added_if", [True, False])
+def test_both_ways_of_a_branch_on_data_are_traced(added_if: bool, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101, added_if=added_if)
+    source = save(lambda: AsDataSaysForCausalLM(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=AsDataSaysForCausalLM).plan
+    kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
+    assert kept == {
+        "model.layers.1.input_layernorm": "it is added to another activation in "
+        "model.layers.1.self_attn, not multiplied by a weight"
     }

@@ -103,6 +103,8 @@ class Tie:
 class Call:
     """One call of a module: where something can be put in front of it or behind it.
 
+    `run` counts the passes of the whole model: 0 is the first one, and those of its towers.
+
     `inputs` are its tensors by position or keyword, `unused` the names of those inputs that it was
     not given. `outputs` are all tensors in what it returned, `output` is None if that was anything
     but one tensor.
@@ -113,12 +115,15 @@ class Call:
     unused: tuple[str, ...]
     outputs: tuple[int, ...]
     output: int | None
+    run: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """A traced model. See the module's docstring.
 
+    `outputs` are those of the first pass, `other_outputs` the same ones of each further pass: on a
+    long input, or on another way through the model's code.
     `auto_classes` are transformers' classes that load it. `open_biases` maps the weight of each
     Linear without a bias to the name that a bias would have, in the model and on disk. `tie_key`
     is the key of config.json that says whether parameters are tied. `towers` are what parts of the
@@ -140,6 +145,7 @@ class Graph:
     calls: tuple[Call, ...]
     open_biases: tuple[tuple[str, str], ...]
     tie_key: str = "tie_word_embeddings"
+    other_outputs: tuple[tuple[tuple[str, int], ...], ...] = ()
     towers: tuple[tuple[str, int], ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
     for_images: tuple[str, ...] = ()
@@ -153,18 +159,29 @@ class Graph:
         """
         if missing := set(names) - set(self.output_fields):
             raise KeyError(min(missing))
-        outputs = zip(self.outputs, self.output_fields, strict=True)
-        return replace(self, outputs=tuple(each for each, name in outputs if name in names))
+        return replace(
+            self,
+            outputs=tuple(each for each in self.outputs if _field(each) in names),
+            other_outputs=tuple(
+                tuple(each for each in outputs if _field(each) in names)
+                for outputs in self.other_outputs
+            ),
+        )
 
     @property
     def output_fields(self) -> tuple[str, ...]:
         """The name that each output goes by in what the model returns."""
-        return tuple(name.partition(".")[0] for name, _ in self.outputs)
+        return tuple(map(_field, self.outputs))
 
     @property
     def returned(self) -> tuple[tuple[str, int], ...]:
         """All that leaves the graph: the outputs, and what the towers return."""
-        return self.outputs + self.towers
+        others = tuple(
+            (f"{name} of pass {i}", value)
+            for i, outputs in enumerate(self.other_outputs, 2)
+            for name, value in outputs
+        )
+        return self.outputs + others + self.towers
 
     @cached_property
     def leaf_names(self) -> dict[int, str]:
@@ -239,6 +256,10 @@ class Graph:
         lines += [str(node) for node in self.nodes]
         lines += [f"output {name} = %{value}" for name, value in self.returned]
         return "\n".join(lines)
+
+
+def _field(output: tuple[str, int]) -> str:
+    return output[0].partition(".")[0]
 
 
 def _refs(argument: Argument) -> tuple[Ref, ...]:

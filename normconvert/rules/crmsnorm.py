@@ -96,8 +96,9 @@ def _place(graph: Graph, shifts: Shifts, norm: Norm) -> str:
     Between the two, a model may well expect the shape of its compressed stream.
     """
     calls = graph.norm_calls[norm.module]
-    place = place_behind(graph, shifts, calls[0].outputs[0]) if len(calls) == 1 else None
-    return f"{place.module} {place.at}" if place is not None else ""
+    places = {place_behind(graph, shifts, call.outputs[0]) for call in calls}
+    place = places.pop()
+    return f"{place.module} {place.at}" if place is not None and not places else ""
 
 
 def _full_width(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 
 from normconvert.ir.graph import Graph
@@ -16,12 +17,10 @@ def places(graph: Graph) -> dict[int, Recentering]:
     A norm is no place to recenter in front of: that would be a LayerNorm in two steps.
     """
     norms = graph.norms_by_module
-    times: dict[str, int] = {}
-    for call in graph.calls:
-        times[call.module] = times.get(call.module, 0) + 1
+    once = _called_once(graph)
     found: dict[int, Recentering] = {}
     for call in graph.calls:
-        if times[call.module] > 1 or not call.module:
+        if call.module not in once or not call.module:
             continue
         for key, value in call.inputs:
             if call.module not in norms and _all_within(graph, call.module, value):
@@ -32,6 +31,13 @@ def places(graph: Graph) -> dict[int, Recentering]:
         if inside and not _any_within(graph, call.module, value):
             found.setdefault(value, Recentering(module=call.module, at="output"))
     return found
+
+
+def _called_once(graph: Graph) -> frozenset[str]:
+    """The modules that no pass calls twice."""
+    times = Counter((call.module, call.run) for call in graph.calls)
+    twice = {module for (module, _), count in times.items() if count > 1}
+    return frozenset(call.module for call in graph.calls) - twice
 
 
 # Inputs that write nothing to a residual stream. From `input_ids` the module makes embeddings, but
@@ -49,12 +55,12 @@ def entrance(
 
     The module contains all modules `within`, and no parameter `without`.
     """
-    modules = [call.module for call in graph.calls]
+    once = _called_once(graph)
     for call in graph.calls:
         key = next((key for key, given in call.inputs if given == value), None)
         if (
             key is not None
-            and modules.count(call.module) == 1
+            and call.module in once
             and _WRITES_NOTHING.issuperset(call.unused)
             and all(_within(call.module, each) for each in within)
             and not any(_within(call.module, each) for each in without)

@@ -126,7 +126,7 @@ def straight(graph: Graph, value: int, track: Track) -> tuple[int, Track]:
 def output_stop(graph: Graph, value: int) -> Stop:
     """That `value` is an output of the model, or of one of its towers."""
     name = next(name for name, output in graph.returned if output == value)
-    if value not in dict(graph.outputs).values():
+    if value in dict(graph.towers).values():
         return Stop(-1, f"it is an output of a part that is traced on its own ({name})")
     alone = len(set(graph.output_fields)) == 1
     remedy = "" if alone else "; if you do not need it, name those you need with --returns"

@@ -162,7 +162,7 @@ class _Finder:
             if isinstance(found, Obstacle):
                 return _refused(stream, found)
             chosen = found
-            if len(chosen) >= len(norms):
+            if len(set(chosen.values())) >= len(norms):
                 what = next(iter(chosen.values())).module
                 return _refused(
                     stream,
@@ -179,7 +179,7 @@ class _Finder:
             norms=tuple(norms),
             size=size,
             writers=writers,
-            recenterings=tuple(chosen.values()),
+            recenterings=tuple(dict.fromkeys(chosen.values())),
             copies=copies,
         )
 
@@ -274,12 +274,12 @@ class _Finder:
         """Where to recenter so that nothing blocked is left: one place if possible."""
         if not self._recenter or not any(self._goes_on(*each) for each in reach.values.items()):
             return next(iter(blocked.values()))
-        order = sorted(reach.values, key=lambda value: self._graph.producers.get(value, -1))
-        legal = {v: p for v in order if (p := self._place(v, reach.values[v])) is not None}
-        for value in legal:
-            rest = self._reach(seeds, {value})
-            if not self._blocked(rest, conflicts) and value in rest.values:
-                return {value: legal[value]}
+        legal = self._legal(reach)
+        for place in dict.fromkeys(legal.values()):
+            values = {value for value in legal if legal[value] == place}
+            rest = self._reach(seeds, values)
+            if not self._blocked(rest, conflicts) and values <= rest.values.keys():
+                return dict.fromkeys(values, place)
         several: dict[int, Recentering] = {}
         while True:
             rest = self._reach(seeds, set(several))
@@ -287,15 +287,15 @@ class _Finder:
             if not left:
                 return several
             value, why = next(iter(left.items()))
-            place = self._nearest(value, rest, legal)
-            if place is None or place in several:
+            nearest = self._nearest(value, rest, legal)
+            if nearest is None or nearest in several:
                 stop = self._minded.get((value, rest.values[value]))
                 return (
                     Obstacle(stop.reason, unknown=stop.unknown)
                     if stop and value not in self._graph.leaf_names
                     else why
                 )
-            several[place] = legal[place]
+            several |= {each: at for each, at in legal.items() if at == legal[nearest]}
 
     def _shut(
         self,
@@ -316,9 +316,24 @@ class _Finder:
             place = entrance(self._graph, value, [norm.module for norm in norms], unseen)
             if place is None or not self._movable(value, shift):
                 continue
-            left = self._blocked(self._reach(seeds, {value}), conflicts)
-            return next(iter(left.values())) if left else {value: place}
+            values = {
+                given
+                for call in self._graph.calls
+                for key, given in call.inputs
+                if (call.module, f"input {key}") == (place.module, place.at)
+            }
+            if not all(v in reach.values and self._movable(v, reach.values[v]) for v in values):
+                continue
+            left = self._blocked(self._reach(seeds, values), conflicts)
+            return next(iter(left.values())) if left else dict.fromkeys(values, place)
         return obstacle
+
+    def _legal(self, reach: _Reach) -> dict[int, Recentering]:
+        """The values that may be recentered, in order, and where: in every pass at once."""
+        order = sorted(reach.values, key=lambda value: self._graph.producers.get(value, -1))
+        found = {v: p for v in order if (p := self._place(v, reach.values[v])) is not None}
+        missed = {place for value, place in self._places.items() if value not in found}
+        return {value: place for value, place in found.items() if place not in missed}
 
     def _goes_on(self, value: int, shift: Shift) -> bool:
         """Whether a LayerNorm reads `value` and it is passed on as well: a residual stream.

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from normconvert.errors import TraceError
 from normconvert.ir.graph import Argument, Node, Ref, Size, Value
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -19,7 +26,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     knows, so that nothing is concluded about it.
     """
 
-    def __init__(self, *, found: int | None = None, unused: int = 0) -> None:
+    def __init__(self, *, found: int | None = None, unused: int = 0, invents: bool = False) -> None:
         """With `found`, data is made up where a model's code must know it.
 
         A search (`nonzero`) finds so many elements, but in a vector all of them, save for so many
@@ -27,6 +34,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         read from a tensor is 0, then 1, and so on up to the size of the last vector that was
         searched: so a loop over the experts that are hit meets every one of them, and whatever
         the model's code does for some only is seen.
+
+        If it `invents`, all integers that depend on data are 0 and all decisions are true, and
+        what is computed of these is known. Each number that the model's code asks for is counted;
+        the one that is `turned` is told otherwise, so that the code may go another way.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.found, self._unused = found, unused
@@ -35,6 +46,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.nodes: list[Node] = []
         self.module = ""
         self.paused = False
+        self.invents = invents
+        self.computes = invents
+        self.asked, self.turned = 0, -1
+        """Whether operations on known numbers, such as the sizes of images, are carried out."""
+        self.most_nodes = math.inf
+        """A pass that would need more is broken off: its code loops over what it is given."""
+        self._stale: set[int] = set()
         self._value_of: dict[int, int] = {}
         self._sharing: dict[int, list[torch.Tensor]] = {}
 
@@ -49,9 +67,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for arg in func._schema.arguments
             if arg.alias_info is not None and arg.alias_info.is_write and arg.name in named
         ]
-        result = self._made_up(func, args)
-        if result is None:
-            result = func(*args, **kwargs)
+        if self.computes and self._are_known((args, kwargs), written):
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+            if self.invents and func is torch.ops.aten._local_scalar_dense.default:
+                result = self._told(result)
+        else:
+            result = self._made_up(func, args)
+            if result is None:
+                result = func(*args, **kwargs)
+            if self.invents and not written:
+                result = tree_map(_invented, result)
         overwritten = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
         fresh = [
             t
@@ -62,6 +88,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in overwritten:
             self._overwrite_sharers(tensor)
         return result
+
+    def _are_known(self, read: Any, written: list[Any]) -> bool:
+        """Whether all numbers that an operation reads are known.
+
+        Not those of a tensor, on whatever memory, over which unknown ones were written.
+        """
+        tensors = [t for t in tree_leaves(read) if isinstance(t, torch.Tensor)]
+        real = {_storage(t) for t in tensors if not isinstance(t, FakeTensor)}
+        known = not any(isinstance(t, FakeTensor) for t in tensors) and not real & self._stale
+        if not known:
+            over = (t for t in tree_leaves(written) if isinstance(t, torch.Tensor))
+            self._stale |= real & {_storage(t) for t in over}
+        return known
 
     def _made_up(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor | int | None:
         if self.found is None:
@@ -77,6 +116,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._index = (self._index + 1) % self._indices
             return self._index
         return None
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Whatever is recorded inside is forgotten if it ends in an error."""
+        values, nodes, value_of = list(self.values), list(self.nodes), dict(self._value_of)
+        sharing = {storage: list(tensors) for storage, tensors in self._sharing.items()}
+        try:
+            yield
+        except BaseException:
+            self.values, self.nodes, self._value_of = values, nodes, value_of
+            self._sharing, self.module, self.paused = sharing, "", False
+            raise
+
+    def _told(self, number: bool | int) -> bool | int:
+        self.asked += 1
+        if self.asked - 1 != self.turned:
+            return number
+        return not number if isinstance(number, bool) else number + 1
 
     def value(self, tensor: torch.Tensor) -> int:
         """The value that `tensor` holds now; one not seen before is a constant."""
@@ -112,6 +169,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(
         self, op: str, arguments: tuple[tuple[str, Argument], ...], outputs: list[torch.Tensor]
     ) -> None:
+        if len(self.nodes) >= self.most_nodes:
+            raise TraceError("it takes too many operations.")
         values = tuple(self.new_value(tensor) for tensor in outputs)
         self.nodes.append(Node(op=op, arguments=arguments, outputs=values, module=self.module))
 
@@ -132,6 +191,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if value is None or isinstance(value, (bool, int, float)):
             return value
         return str(value)
+
+
+def _invented(result: Any) -> Any:
+    """Numbers for a tensor of integers or decisions whose own are not known."""
+    known = not isinstance(result, FakeTensor) or not all(isinstance(n, int) for n in result.shape)
+    if known or result.is_floating_point() or result.is_complex():
+        return result
+    with unset_fake_temporarily():
+        return torch.full(result.shape, result.dtype is torch.bool, dtype=result.dtype)
 
 
 def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

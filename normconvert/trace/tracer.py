@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
+import math
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
+from torch.utils._pytree import keystr, tree_leaves_with_path
 from transformers import Cache, PreTrainedModel
 
 from normconvert.errors import TraceError, first_line
-from normconvert.ir.graph import Call, Graph, Norm, Tie
+from normconvert.ir.graph import Graph, Tie
 from normconvert.model_class import auto_classes, resolve
-from normconvert.model_inputs import optional_inputs, towers, trace_inputs
+from normconvert.model_inputs import (
+    GRID,
+    longest,
+    optional_inputs,
+    reads_ids,
+    towers,
+    trace_inputs,
+)
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
+from normconvert.trace.calls import NormCalls
 from normconvert.trace.loading import build, load, open_biases
 from normconvert.trace.naming import readable_numbers
-from normconvert.trace.recognise import Formula, recognise
 from normconvert.trace.recorder import Recorder
 from normconvert.trace.unread import for_images, widths
 
@@ -34,31 +41,30 @@ if TYPE_CHECKING:
 BATCH, LENGTH = 2, 7
 """Sizes that no model dimension has, so that an axis can be told from its size."""
 
+LONG = 4096
+"""The tokens of a long text, where the config does not say how many a model reads at once."""
+
+MOST_ASKED = 16
+"""How many numbers that are not known a model's code may ask for: each costs a pass."""
+
 FOUND = 3
 """How many elements a search finds, where the model's code must know."""
 
 
-def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Graph:
+def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False, long: bool = True) -> Graph:
     """The graph of one forward pass of the model that `checkpoint` holds.
 
-    If it reads text, its towers for images and the like are run as well, each on its own; one that
-    cannot be is left out, with all others, and so are their norms. If the pass leaves parameters
-    unread, it is run once more with inputs that the model, or a part of it, can do without.
+    If it reads text, a second pass is on a `long` one, and its towers for images and the like are
+    run, each on its own; what cannot be run is left out, and so are its norms. If the first pass
+    leaves parameters unread, it is run once more with inputs that the model, or a part of it, can
+    do without.
 
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
     """
     with quiet():
         model_class, config = resolve(checkpoint, trust_remote_code)
-    run = partial(_trace, checkpoint, model_class, config)
-    try:
-        return recorded(run)
-    except _TowerError:
-        return recorded(partial(run, with_towers=False))
-
-
-class _TowerError(TraceError):
-    """A tower cannot be run on its own."""
+    return recorded(partial(_trace, checkpoint, model_class, config, long=long))
 
 
 def recorded(run: Callable[..., Graph]) -> Graph:
@@ -84,10 +90,13 @@ def _recorded(run: Callable[[Recorder], Graph]) -> Graph:
     try:
         return run(Recorder(found=FOUND))
     except TraceError as error:
-        if not isinstance(error.__cause__, IndexError):
+        if isinstance(error.__cause__, IndexError):
+            # One class more than there are experts is for tokens without one: it is never hit.
+            return run(Recorder(found=FOUND, unused=1))
+        if not isinstance(error.__cause__, GuardOnDataDependentSymNode):
             raise
-    # One class more than there are experts is for tokens without one: it is never hit.
-    return run(Recorder(found=FOUND, unused=1))
+    # Sizes that depend on data need decisions, from which they are computed.
+    return run(Recorder(invents=True))
 
 
 def _trace(
@@ -96,7 +105,7 @@ def _trace(
     config: Any,
     recorder: Recorder,
     *,
-    with_towers: bool = True,
+    long: bool,
     optional: bool = False,
 ) -> Graph:
     with quiet(), fake_tensors(), torch.no_grad():
@@ -108,7 +117,7 @@ def _trace(
                 f"that can be built: {first_line(error)}."
             ) from error
         leaves, ties = load(model, checkpoint, recorder)
-        return record(model, recorder, leaves, ties, with_towers=with_towers, optional=optional)
+        return record(model, recorder, leaves, ties, with_towers=True, long=long, optional=optional)
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -126,11 +135,13 @@ def record(
     ties: tuple[Tie, ...],
     *,
     with_towers: bool = False,
+    long: bool = False,
     optional: bool = False,
 ) -> Graph:
     """The graph of one forward pass of `model`, which is on fake tensors, as `fake_tensors` makes.
 
-    And of one of each of its towers, `with_towers`; with `optional` inputs as well as needed ones.
+    And of one of each of its towers, `with_towers`; of one on a `long` text; with `optional` inputs
+    as well as needed ones.
 
     Raises:
         TraceError: it cannot be run.
@@ -139,14 +150,15 @@ def record(
         (name, recorder.value(parameter))
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
-    calls = _NormCalls(model, recorder)
+    calls = NormCalls(model, recorder)
     returned, of_towers = _run(model, recorder, calls, optional=optional), []
+    others = _other_ways(model, recorder, calls) if recorder.invents else []
+    if long and reads_ids(model):
+        others += _long_run(model, recorder, calls)
     for path, tower in towers(model).items() if with_towers else ():
-        try:
+        with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
             of_tower = _run(tower, recorder, calls, output_hidden_states=True)
-        except TraceError as error:
-            raise _TowerError(str(error), module=error.module) from error.__cause__
-        of_towers += [(f"{path}.{name}", value) for name, value in of_tower]
+            of_towers += [(f"{path}.{name}", value) for name, value in of_tower]
     return Graph(
         model=type(model).__name__,
         auto_classes=auto_classes(type(model), model.config),
@@ -160,29 +172,71 @@ def record(
         calls=tuple(calls.calls),
         open_biases=open_biases(model),
         tie_key=type(model.config).attribute_map.get(_TIE_KEY, _TIE_KEY),
+        other_outputs=tuple(map(tuple, others)),
         towers=tuple(of_towers),
         widths=tuple(widths(model)),
         for_images=for_images(model, BATCH, LENGTH) if with_towers else (),
-        searched=recorder.found is not None,
+        searched=recorder.found is not None or recorder.invents,
     )
+
+
+def _other_ways(
+    model: PreTrainedModel, recorder: Recorder, calls: NormCalls
+) -> list[list[tuple[str, int]]]:
+    """A pass for each number that was invented and told, with another one: those that do run.
+
+    Raises:
+        TraceError: there are too many.
+    """
+    asked, found = recorder.asked, []
+    if asked > MOST_ASKED:
+        raise TraceError(f"{type(model).__name__} goes ways that depend on data {asked} times.")
+    for recorder.turned in range(asked):
+        calls.run, recorder.asked = recorder.turned + 1, 0
+        with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
+            found.append(_run(model, recorder, calls))
+    calls.run, recorder.turned = 0, -1
+    return found
+
+
+def _long_run(
+    model: PreTrainedModel, recorder: Recorder, calls: NormCalls
+) -> list[list[tuple[str, int]]]:
+    """One pass on as many tokens as the model reads: its code may do otherwise with them.
+
+    Nothing if it cannot be run, or if it loops over the tokens: that would take hours.
+    """
+    length = (longest(model) or LONG) - 3  # an odd one, which no dimension has
+    if length <= LENGTH:
+        return []
+    calls.run, recorder.most_nodes = -1, 2 * len(recorder.nodes)
+    try:
+        with recorder.undone_on_error(), calls.undone_on_error():
+            return [_run(model, recorder, calls, length=length)]
+    except TraceError:
+        return []
+    finally:
+        calls.run, recorder.most_nodes = 0, math.inf
 
 
 def _run(
     model: PreTrainedModel,
     recorder: Recorder,
-    calls: _NormCalls,
+    calls: NormCalls,
     *,
+    length: int = LENGTH,
     optional: bool = False,
     **options: Any,
 ) -> list[tuple[str, int]]:
     """One forward pass, recorded: the name and the value of all that it returns."""
     try:
         with torch.device(model.device):
-            inputs = trace_inputs(model, BATCH, LENGTH)
+            inputs = trace_inputs(model, BATCH, length)
         for name, given in inputs.items():
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
         more = _handing_in(model) if optional else nullcontext()
+        recorder.computes = recorder.invents or GRID in inputs
         with forgetting(model), readable_numbers(), more, calls, recorder:
             output = model(**inputs, **options)
     except Exception as error:  # the model's own code may raise anything
@@ -228,135 +282,3 @@ def _handing_in(model: PreTrainedModel) -> Iterator[None]:
 def _hand_in(more: dict[str, Any], _: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
     given = {key: value for key, value in kwargs.items() if value is not None}
     return args, {**kwargs, **more, **given}
-
-
-class _NormCalls:
-    """While active, follows the module that runs and records each norm's call as one node."""
-
-    def __init__(self, model: PreTrainedModel, recorder: Recorder) -> None:
-        self.norms: dict[str, Norm] = {}
-        self.calls: list[Call] = []
-        self._recorder = recorder
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._model = model
-        self._formula: Formula | None = None
-        self._probed: dict[object, Formula | None] = {}
-        self._outer: list[tuple[str, tuple[tuple[int | str, int], ...]]] = []
-        self._probing = False
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> None:
-        for module in self._model.modules():
-            self._handles += [
-                module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, with_kwargs=True),
-            ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._recorder.paused = False
-
-    def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        if self._recorder.paused:
-            return
-        self._outer.append(
-            (self._recorder.module, self._known([*enumerate(args), *kwargs.items()]))
-        )
-        self._recorder.module = self._paths[id(module)]
-        self._formula = self._probe(module, [*args, *kwargs.values()])
-        self._recorder.paused = self._formula is not None
-
-    def _after(self, module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        path = self._paths[id(module)]
-        if self._recorder.paused:
-            if self._probing or path != self._recorder.module:
-                return
-            self._recorder.paused = False
-            self._add_norm(path, module, _tensors([*args, *kwargs.values()])[0], output)
-        self._recorder.module, inputs = self._outer.pop()
-        known = self._known([(0, output)])
-        outputs = self._known([*enumerate(tree_leaves(output))])
-        self.calls.append(
-            Call(
-                module=path,
-                inputs=inputs,
-                unused=_unused(module, args, kwargs),
-                outputs=tuple(value for _, value in outputs),
-                output=known[0][1] if known else None,
-            )
-        )
-
-    def _known(self, arguments: list[tuple[int | str, Any]]) -> tuple[tuple[int | str, int], ...]:
-        """The values of those arguments that are tensors which the graph knows."""
-        known = ((key, self._recorder.known(argument)) for key, argument in arguments)
-        return tuple((key, value) for key, value in known if value is not None)
-
-    def _probe(self, module: torch.nn.Module, arguments: list[Any]) -> Formula | None:
-        """The formula of this call: with a gate or a flag, it may be another one."""
-        inputs = _tensors(arguments)
-        given = sum(argument is not None for argument in arguments)
-        if len(inputs) != 1 or given != 1 or not inputs[0].is_floating_point():
-            return None
-        shape = tuple(size if isinstance(size, int) else 3 for size in inputs[0].shape)
-        key = (type(module), shape, _settings(module))
-        if key not in self._probed:
-            self._probing = self._recorder.paused = True
-            try:
-                self._probed[key] = recognise(module, shape)
-            finally:
-                self._probing = self._recorder.paused = False
-        return self._probed[key]
-
-    def _add_norm(
-        self, path: str, module: torch.nn.Module, x: torch.Tensor, output: torch.Tensor
-    ) -> None:
-        formula = self._formula
-        assert formula is not None
-        gain = getattr(module, formula.gain) if formula.gain else None
-        bias = getattr(module, formula.bias) if formula.bias else None
-        norm = Norm(
-            module=path,
-            kind=formula.kind,
-            gain=None if gain is None else self._recorder.value(gain),
-            bias=None if bias is None else self._recorder.value(bias),
-            offset=formula.offset,
-            eps=formula.eps,
-        )
-        if self.norms.setdefault(path, norm) != norm:  # another call computed something else
-            self.norms[path] = Norm(
-                module=path, kind="unrecognised", gain=None, bias=None, offset=0.0, eps=0.0
-            )
-        reads = {"input": x, "gain": gain, "bias": bias}
-        if formula.kind == "unrecognised":
-            reads |= dict(module.named_parameters())
-        self._recorder.add_call("norm", reads, output)
-
-
-def _unused(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, ...]:
-    """The inputs that the module takes and was not given."""
-    signature = inspect.signature(module.forward)
-    given = signature.bind_partial(*args, **kwargs).arguments
-    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    names = (name for name, each in signature.parameters.items() if each.kind not in various)
-    return tuple(name for name in names if given.get(name) is None)
-
-
-def _tensors(arguments: list[Any]) -> list[torch.Tensor]:
-    return [value for value in arguments if isinstance(value, torch.Tensor)]
-
-
-def _settings(module: torch.nn.Module) -> object:
-    """All that two modules of a class can differ in, apart from values: or the module itself."""
-    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-    hooked = len(module._forward_hooks) + len(module._forward_pre_hooks) > 2  # the tracer's
-    if hooked or any(
-        not isinstance(value, (int, float, str, tuple, type(None))) for value in own.values()
-    ):
-        return module
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in tensors)
-    return (repr(sorted(own.items())), shapes, next(module.children(), None))
-
-
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers.pytorch_utils import Conv1D
 
-from normconvert.model_inputs import main_shape, towers
+from normconvert.model_inputs import GRID, main_input, towers, trace_inputs
 from normconvert.trace.caches import forgetting
 from normconvert.trace.naming import readable_numbers
 from normconvert.trace.recorder import Recorder
@@ -46,9 +48,18 @@ def for_images(model: PreTrainedModel, batch: int, length: int) -> tuple[str, ..
             if path.startswith(f"{name}." if name else "") and hasattr(part, "get_image_features")
         ]
         recorder = Recorder()
+        recorder.computes = True
         try:
-            with torch.device(model.device), forgetting(model), readable_numbers(), recorder:
-                parts[-1].get_image_features(torch.zeros(main_shape(tower, batch, length)))
+            with torch.device(model.device), forgetting(model), readable_numbers():
+                inputs = trace_inputs(tower, batch, length)
+                images = inputs[main_input(tower)]
+                with unset_fake_temporarily():
+                    sizes = torch.tensor([list(images.shape[-2:])] * batch)
+                known = {"image_grid_thw": inputs.get(GRID), "image_sizes": sizes}
+                taken = inspect.signature(parts[-1].get_image_features).parameters
+                given = {name: each for name, each in known.items() if name in taken}
+                with recorder:
+                    parts[-1].get_image_features(images, **given)
         except Exception:  # foreign code, that may want more than the images
             continue
         read = {value for node in recorder.nodes for value in node.inputs}

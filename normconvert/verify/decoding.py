@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from normconvert.source import Checkpoint
 
-PROMPT, STEPS, GREEDY = 12, 4, 16
+PROMPT, PADDING, STEPS, GREEDY = 12, 3, 4, 16
 
 
 class _Forced(LogitsProcessor):  # type: ignore[misc]  # transformers imports it lazily
@@ -50,8 +50,15 @@ def stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """The logits after the first tokens of `ids`, of one more at a time, [positions, vocabulary].
 
     As in generation, but for the choice of the tokens: two models are to be compared on the same.
+    All sequences but the first begin with padding, if the model's code can do with it.
     """
-    output = _generated(model, ids[:, :PROMPT], STEPS, [_Forced(ids)])
+    prompt, forced = ids[:, :PROMPT], [_Forced(ids)]
+    mask = torch.ones_like(prompt)
+    mask[1:, :PADDING] = 0
+    try:
+        output = _generated(model, prompt, STEPS, forced, mask)
+    except Exception:  # a model's own code may raise anything
+        output = _generated(model, prompt, STEPS, forced)
     return torch.cat(output.logits)
 
 
@@ -92,7 +99,11 @@ def side_by_side(
 
 
 def _generated(
-    model: Any, prompt: torch.Tensor, steps: int, processors: list[LogitsProcessor]
+    model: Any,
+    prompt: torch.Tensor,
+    steps: int,
+    processors: list[LogitsProcessor],
+    mask: torch.Tensor | None = None,
 ) -> Any:
     config = GenerationConfig(
         max_new_tokens=steps,
@@ -106,7 +117,7 @@ def _generated(
     config.eos_token_id = None
     return model.generate(
         prompt,
-        attention_mask=torch.ones_like(prompt),
+        attention_mask=torch.ones_like(prompt) if mask is None else mask,
         generation_config=config,
         logits_processor=processors,
     )

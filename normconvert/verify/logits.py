@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -210,7 +210,8 @@ class _Runner:
                 for name, inputs in sets.items():
                     found |= _named_outputs(name, model(**inputs), self._returns)
                 for path, (tower, inputs) in tower_inputs(model).items():
-                    found |= _named_outputs(path, tower(**inputs), ())
+                    with suppress(Exception):  # it needs more: it was not traced either
+                        found |= _named_outputs(path, tower(**inputs), ())
                 if steps is not None:
                     found["token by token"] = stepwise_logits(model, steps).cpu()
         except Exception as error:  # the model's own code may raise anything

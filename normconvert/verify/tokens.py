@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from normconvert.errors import TraceError
 from normconvert.model_inputs import (
+    longest,
     main_input,
     main_shape,
     optional_inputs,
@@ -54,7 +55,7 @@ def input_sets(
     notes: tuple[str, ...] = ()
     if main != "input_ids":
         drawn = _drawn(model, length, generator)
-        sets = {_NAMES[main]: plain_inputs(model, drawn, random)}
+        sets = {_name(main): plain_inputs(model, drawn, random)}
     else:
         tokens, notes = _token_sets(checkpoint, text, vocabulary, random, trust_remote_code)
         if other is not None:
@@ -130,7 +131,7 @@ def tower_inputs(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
             drawn = _drawn(tower, LENGTH, generator)
         except TraceError:  # then it was not traced either, and is the original's
             continue
-        name = f"{path}, {_NAMES[main_input(tower)]}"
+        name = f"{path}, {_name(main_input(tower))}"
         found[name] = tower, tree_map(_on(model), plain_inputs(tower, drawn, torch.empty(0)))
     return found
 
@@ -146,26 +147,13 @@ def _drawn(model: Any, length: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(model.dtype)
 
 
-_NAMES = {"pixel_values": "images", "input_features": "spectra"}
+def _name(main: str) -> str:
+    return "spectra" if main == "input_features" else "images"
 
 
 def _limits(model: Any) -> tuple[int, int]:
     """The vocabulary of the model, and how many tokens of it are read at once."""
-    config = model.config.get_text_config()
-    longest = (getattr(config, name, None) or 0 for name in _LONGEST)
-    lengths = [length for length in longest if length > 0]
-    # In RoBERTa's table of positions the first ones are for padding.
-    lengths += [
-        each.num_embeddings - each.padding_idx - 1
-        for each in model.modules()
-        if isinstance(each, torch.nn.Embedding)
-        and each.padding_idx is not None
-        and each.num_embeddings in lengths
-    ]
-    return config.vocab_size, min([LENGTH, *lengths])
-
-
-_LONGEST = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    return model.config.get_text_config().vocab_size, min(LENGTH, longest(model) or LENGTH)
 
 
 def _token_sets(

@@ -38,7 +38,11 @@ CLASSES = (
     "GPT2ForSequenceClassification", "GPTNeoXForTokenClassification",
     "LlavaForConditionalGeneration", "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration", "PaliGemmaForConditionalGeneration",
-    "Gemma3ForConditionalGeneration",
+    "Gemma3ForConditionalGeneration", "Qwen3VLForConditionalGeneration",
+    "Glm4vForConditionalGeneration", "Idefics3ForConditionalGeneration",
+    "InternVLForConditionalGeneration", "Mistral3ForConditionalGeneration",
+    "LlavaNextForConditionalGeneration", "AyaVisionForConditionalGeneration",
+    "MllamaForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
 )  # fmt: skip
 
 # Other forms of types, as the zoo has them: tied and untied, block layouts, with and without parts.
@@ -99,6 +103,25 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "Qwen2_5_VLForConditionalGeneration": {
         **_MROPE, "vision_config": {"depth": 3, "num_heads": 9, "hidden_size": 72,
                                     "intermediate_size": 88, "out_hidden_size": 54}},
+    "Qwen3VLForConditionalGeneration": {
+        **_MROPE, "vision_config": {"depth": 3, "num_heads": 9, "hidden_size": 72,
+                                    "intermediate_size": 88, "out_hidden_size": 54,
+                                    "num_position_embeddings": 64,
+                                    "deepstack_visual_indexes": [0, 1]}},
+    "Glm4vForConditionalGeneration": {
+        "text_config": {
+            **_MROPE["text_config"], "hidden_size": 72, "pad_token_id": 0,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        "vision_config": {"depth": 3, "num_heads": 9, "hidden_size": 72, "intermediate_size": 88,
+                          "out_hidden_size": 72, "image_size": 28}},
+    "InternVLForConditionalGeneration": {
+        "vision_config": {"hidden_size": 54, "num_hidden_layers": 3, "num_attention_heads": 9,
+                          "intermediate_size": 88, "image_size": [12, 12], "patch_size": [3, 3]}},
+    "AyaVisionForConditionalGeneration": {  # it merges patches two by two
+        "vision_config": {"hidden_size": 54, "num_hidden_layers": 3, "num_attention_heads": 9,
+                          "intermediate_size": 88, "image_size": 12, "patch_size": 3}},
+    "Gemma3ForConditionalGeneration": {"mm_tokens_per_image": 25},
     "DINOv3ViTModel": {"hidden_size": 72},  # rotary embeddings of two dimensions
     "bamba": _MAMBA,
     "blt": {
