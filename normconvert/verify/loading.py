@@ -9,6 +9,7 @@ import torch
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.model_class import resolve
+from normconvert.precision import computing_in
 from normconvert.verify.placement import IN_MEMORY, Placement, read_plainly
 
 if TYPE_CHECKING:
@@ -34,17 +35,18 @@ def load_model(
     model_class, config = resolve(checkpoint, trust_remote_code)
     place: Any = checkpoint.folder if tensors is None else None
     try:
-        model, info = model_class.from_pretrained(
-            place,
-            config=config,
-            state_dict=None if tensors is None else dict(tensors),
-            dtype=dtype,
-            attn_implementation="eager",
-            device_map=_plain(placement.device_map),
-            max_memory=_plain(placement.max_memory),
-            offload_folder=offload_folder,
-            output_loading_info=True,
-        )
+        with computing_in(dtype):  # or what a class makes float32 would be rounded to that
+            model, info = model_class.from_pretrained(
+                place,
+                config=config,
+                state_dict=None if tensors is None else dict(tensors),
+                dtype=dtype,
+                attn_implementation="eager",
+                device_map=_plain(placement.device_map),
+                max_memory=_plain(placement.max_memory),
+                offload_folder=offload_folder,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers and model code may raise anything
         raise VerificationError(
             f"transformers cannot load {checkpoint.folder}: {first_line(error)}."
