@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from normconvert.precision import computing_in
 from normconvert.verify.placement import IN_MEMORY, Placement, read_plainly
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from normconvert.source import Checkpoint
 
 
@@ -35,7 +38,7 @@ def load_model(
     model_class, config = resolve(checkpoint, trust_remote_code)
     place: Any = checkpoint.folder if tensors is None else None
     try:
-        with computing_in(dtype):  # or what a class makes float32 would be rounded to that
+        with _making(dtype, placement):
             model, info = model_class.from_pretrained(
                 place,
                 config=config,
@@ -63,6 +66,14 @@ def load_model(
         model.double()  # what transformers keeps in float32, whatever it was asked for
     read_plainly(model)
     return model.eval()
+
+
+def _making(dtype: torch.dtype, placement: Placement) -> AbstractContextManager[None]:
+    """Where a class that makes weights float32, whatever it is asked for, makes them float64.
+
+    Not where weights are offloaded: the files that these go to are read in their stored dtype.
+    """
+    return computing_in(dtype) if placement == IN_MEMORY else nullcontext()
 
 
 def _plain(option: Any) -> Any:
