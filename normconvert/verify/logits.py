@@ -37,15 +37,14 @@ from normconvert.verify.placement import (
     shapes,
     weights,
 )
-from normconvert.verify.tokens import input_sets, tower_inputs
+from normconvert.verify.tokens import input_sets, tower_inputs, unlike_tokenizers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from normconvert.source import Checkpoint
 
 _FLOOR_RUNS, _MOST_FLOOR_RUNS = 3, 12
 _TIMES_FLOOR, _FAR = 4.0, 100.0
+_FEW = 3
 _PASSES = 2 + _FLOOR_RUNS
 _Outputs: TypeAlias = "tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]"
 
@@ -103,6 +102,9 @@ def compare(
         resized = any(sizes.get(name, shape) != shape for name, shape in shapes(model).items())
         del model
         differing = _differing(before, after)
+        unlike: tuple[str, ...] = ()
+        if certificate is None:  # which has compared all files
+            unlike = unlike_tokenizers(original, converted, text, trust_remote_code)
         floors: list[dict[str, tuple[float, float]]] = []
         layer_floors = []
         for seed in range(_MOST_FLOOR_RUNS if differing else 0):
@@ -131,8 +133,12 @@ def compare(
         Layer(module=module, rms=rms, floor=max((each[module] for each in layer_floors), default=0))
         for module, rms in distances(reference_states, states, centered).items()
     )
-    equivalent = all(comparison.equivalent for comparison in comparisons) and all(
-        each is None or each.valid for each in (certificate, algebra)
+    if certificate is None:
+        notes += _differences(original, converted, differing, unlike)
+    equivalent = (
+        not unlike
+        and all(comparison.equivalent for comparison in comparisons)
+        and all(each is None or each.valid for each in (certificate, algebra))
     )
     apart = (layer.module for layer in layers if layer.rms > _TIMES_FLOOR * layer.floor)
     return Equivalence(
@@ -147,17 +153,31 @@ def compare(
         generation=side_by_side(original, prompt, written, trust_remote_code),
         layers=layers,
         parts_at=None if equivalent else next(apart, None),
-        notes=(*notes, *([] if certificate else _config_notes(original.config, converted.config))),
+        notes=notes,
     )
 
 
-def _config_notes(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
-    """What two configurations do not have in common may matter on input that was not read."""
+def _differences(
+    original: Checkpoint,
+    converted: Checkpoint,
+    tensors: tuple[str, ...],
+    tokenizers: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Where two checkpoints of which nothing is known differ, if that is a place or few.
+
+    What two configurations do not have in common may matter on input that was not read.
+    """
+    one, other = original.config, converted.config
     keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
     keys = [key for key in keys if key not in ("transformers_version", "dtype", "torch_dtype")]
-    if not keys:
-        return ()
-    return (f"Their configurations differ in {', '.join(keys)}.",)
+    found = []
+    if keys:
+        found.append(f"Their configurations differ in {', '.join(keys)}.")
+    if 0 < len(tensors) <= _FEW:
+        found.append(f"Of their weights these differ: {', '.join(tensors)}.")
+    if tokenizers:
+        found.append(f"Their tokenizers read text in different ways: {', '.join(tokenizers)}.")
+    return tuple(found)
 
 
 class _Runner:
