@@ -48,7 +48,7 @@ def main() -> None:
         source, output = Path(name, "source"), Path(name, "output")
         make_llama(source, round(options.gb * 1e9))
         convert(source, output)
-        again = [sys.executable, __file__, "--certify", source, output]
+        again = [sys.executable, __file__, "--certify", str(source), str(output)]
         for turn in range(options.runs + 1):  # the first does not count
             cats.append(cat(source, output))
             done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)

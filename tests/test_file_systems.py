@@ -14,7 +14,7 @@ import pytest
 
 import normconvert
 import zoo
-from command_line import assert_sentence, listing, nothing_written, run, run_here
+from command_line import Run, assert_sentence, listing, nothing_written, run, run_here
 from normconvert.ir.event import Event
 from normconvert.rewrite import writer
 
@@ -187,17 +187,19 @@ def test_a_source_that_does_not_stay(
     """Its header was read, and its weights are not there: the older output stays."""
     normconvert.convert(model, tmp_path / "output", verify=False)
     before = content(tmp_path / "output")
-    changed = []
+    changed: list[Path] = []
 
     def listen(event: Event) -> None:
         if moment == "when it was traced" and event.stage == "tracing" and event.done:
-            changed.append(change(model / WEIGHTS))
+            change(model / WEIGHTS)
+            changed.append(model / WEIGHTS)
 
     spans = writer._write_spans
 
     def write_spans(*given: Any) -> int:
         if moment == "when it is written":
-            changed.append(change(model / WEIGHTS))
+            change(model / WEIGHTS)
+            changed.append(model / WEIGHTS)
         return spans(*given)
 
     monkeypatch.setattr(writer, "_write_spans", write_spans)
@@ -213,7 +215,7 @@ def test_a_source_that_does_not_stay(
 def test_two_conversions_into_one_output(force: bool, model: Path, tmp_path: Path) -> None:
     """Another process begins and ends while this one writes: each output is whole, or refused."""
     forced = ["--force"] * force
-    others = []
+    others: list[Run] = []
 
     def listen(event: Event) -> None:
         if event.stage == "writing" and not others:
