@@ -27,6 +27,8 @@ Weight: TypeAlias = "Callable[[str, torch.Tensor], torch.Tensor]"
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _SHARE = 0.6
 """Of the free memory, for weights: the rest is for what is being computed."""
+_IN_USE = 2
+"""The largest weights that are in memory besides, as they are read and used: mostly the head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +93,16 @@ def choose(
     """
     stored = main_dtype(checkpoint)
     wider = torch.float64 if stored.itemsize >= 4 else torch.float32
-    count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    counts = [math.prod(tensor.shape) for tensor in checkpoint.tensors.values()]
     dtypes = [getattr(torch, asked)] if asked else [wider, stored]
     if placement != IN_MEMORY:
         return dtypes[0], placement
     free = free_memory()
     for dtype in dtypes:
-        if count * dtype.itemsize <= free:
+        if (sum(counts) + _IN_USE * max(counts)) * dtype.itemsize <= free:
             return dtype, IN_MEMORY
-    return dtypes[0], Placement(device_map="auto", max_memory={"cpu": int(free * _SHARE)})
+    kept = free * _SHARE - _IN_USE * max(counts) * dtypes[0].itemsize
+    return dtypes[0], Placement(device_map="auto", max_memory={"cpu": max(0, int(kept))})
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
