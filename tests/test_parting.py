@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,41 @@ def config(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda document: document.update(changes)
 
 
-CASES: Mapping[str, tuple[Callable[[Tensors], None], Callable[[dict[str, Any]], None], str]] = {
-    "one weight": (perturb, config(), "model.layers.1"),
-    "swapped layers": (swap_layers, config(), "model.layers.1"),
-    "another eps": (nothing, config(rms_norm_eps=1e-4), "model.layers.0"),
+def fine_tune(tensors: Tensors) -> None:
+    """A small step of every weight."""
+    random = torch.Generator().manual_seed(1)
+    for tensor in tensors.values():
+        tensor += 1e-4 * torch.randn(tensor.shape, generator=random)
+
+
+Case = tuple[Callable[[Tensors], None], Callable[[dict[str, Any]], None], str, str]
+CASES: Mapping[str, Case] = {
+    "one weight": (
+        perturb,
+        config(),
+        "model.layers.1",
+        "Of their weights these differ: model.layers.1.mlp.up_proj.weight.",
+    ),
+    "a fine-tune": (fine_tune, config(), "model.layers.0", ""),
+    "swapped layers": (swap_layers, config(), "model.layers.1", ""),
+    "another eps": (
+        nothing,
+        config(rms_norm_eps=1e-4),
+        "model.layers.0",
+        "Their configurations differ in rms_norm_eps.",
+    ),
     "another rope base": (
         nothing,
         config(rope_parameters={"rope_type": "default", "rope_theta": 77.0}),
         "model.layers.0",
+        "Their configurations differ in rope_parameters.",
     ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_first_layer_is_named(case: str, tmp_path: Path) -> None:
-    change_tensors, change_config, place = CASES[case]
+    change_tensors, change_config, place, note = CASES[case]
     zoo.save("llama", tmp_path / "one", dtype="float32")
     other = Path(shutil.copytree(tmp_path / "one", tmp_path / "other"))
     tensors = load_file(other / "model.safetensors")
@@ -66,6 +87,7 @@ def test_the_first_layer_is_named(case: str, tmp_path: Path) -> None:
     assert report.certificate is None
     assert report.algebra is None
     assert report.parts_at == place
+    assert not note or note in report.notes
     assert [layer.module for layer in report.layers] == [f"model.layers.{i}" for i in range(3)]
     before = [layer for layer in report.layers if layer.module < place]
     assert all(layer.rms <= layer.floor for layer in before)
@@ -81,6 +103,47 @@ def test_equivalent_models_do_not_part(rewrite: Any, tmp_path: Path) -> None:
     assert report.parts_at is None
     assert len(report.layers) == 3
     assert all(0 < layer.rms <= 4 * layer.floor for layer in report.layers)
+
+
+def test_another_seed(tmp_path: Path) -> None:
+    """The same architecture and configuration, other weights."""
+    for seed in (1, 2):
+        model = LlamaForCausalLM(zoo.make_config(zoo.ZOO["llama"]))
+        zoo._randomise(model, torch.Generator().manual_seed(seed))
+        model.save_pretrained(tmp_path / str(seed))
+    report = normconvert.verify_equivalence(tmp_path / "1", tmp_path / "2")
+    assert not report.equivalent
+    assert report.parts_at == "model.layers.0"
+    assert report.differing_tensors == len(load_file(tmp_path / "1" / "model.safetensors"))
+
+
+def swap_tokens(tokenizer: dict[str, Any]) -> None:
+    """Two that the text does not have."""
+    vocabulary = tokenizer["model"]["vocab"]
+    shipped = files("normconvert.verify").joinpath("text.txt").read_text(encoding="utf-8")
+    one, other = [token for token in vocabulary if token.strip("Ġ▁ ") not in shipped][:2]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+
+def lose_capitals(tokenizer: dict[str, Any]) -> None:
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+
+
+@pytest.mark.parametrize("change", [swap_tokens, lose_capitals])
+def test_another_tokenizer(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    """The weights are the same, and the models are not: the file is named."""
+    source = Path(__file__).parents[1] / "models" / "tiny-llama"
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    assert normconvert.verify_equivalence(source, other).equivalent
+    document = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(document))  # the same in other bytes
+    assert normconvert.verify_equivalence(source, other).equivalent
+    change(document)
+    (other / "tokenizer.json").write_text(json.dumps(document))
+    report = normconvert.verify_equivalence(source, other)
+    assert not report.equivalent
+    assert report.notes == ("Their tokenizers read text in different ways: tokenizer.json.",)
+    assert report.parts_at is None
 
 
 def test_the_same_model_in_two_dtypes(tmp_path: Path) -> None:

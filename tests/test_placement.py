@@ -137,12 +137,21 @@ def test_every_weight_can_be_replaced(pairs: dict[str, tuple[Path, Path]], tmp_p
 def test_free_memory_knows_the_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = placement.free_memory()
     assert 0 < free < 2**50
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(placement, "_CGROUP_LIMITS", (limit,))
-    limit.write_text("max\n")
-    assert placement.free_memory() > 0.5 * free
-    limit.write_text("1\n")
-    assert placement.free_memory() == 0
-    limit.unlink()
+    groups = tmp_path / "cgroup"
+    monkeypatch.setattr(placement, "_CGROUPS", groups)
+    monkeypatch.setattr(placement, "_OWN_CGROUP", tmp_path / "own")
+    for line, limit in (
+        ("0::/a/b", groups / "a" / "b" / "memory.max"),
+        ("0::/a/b", groups / "a" / "memory.max"),
+        ("0::/of/the/host", groups / "memory.max"),  # as in a container
+        ("4:cpu,memory:/a", groups / "memory" / "a" / "memory.limit_in_bytes"),
+    ):
+        (tmp_path / "own").write_text(f"9:name=systemd:/x\n{line}\n")
+        limit.parent.mkdir(parents=True, exist_ok=True)
+        limit.write_text("max\n")
+        assert placement.free_memory() > 0.5 * free
+        limit.write_text("1\n")
+        assert placement.free_memory() == 0
+        limit.unlink()
     monkeypatch.setattr("resource.getrlimit", lambda _: (2, 2))
     assert placement.free_memory() == 0

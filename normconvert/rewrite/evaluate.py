@@ -33,6 +33,7 @@ from normconvert.ir.expression import (
 )
 from normconvert.rewrite.layout import row_blocks
 from normconvert.rewrite.rounding import multiply, product_dtype, round_once
+from normconvert.source.checkpoint import opened
 from normconvert.torch_dtypes import TORCH_DTYPE
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Evaluator:
 
     def __enter__(self) -> Evaluator:
         for path in set(self._paths.values()):
-            self._files[path] = os.open(path, os.O_RDONLY)
+            self._files[path] = opened(path)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -25,6 +26,7 @@ MANIFEST = "normconvert.json"
 _STAGED = re.compile(r"\.(?P<name>.+)\.normconvert-(?P<process>\d+)-[0-9a-f]+(?P<old>-old)?")
 """A conversion into NAME by that process, or the older output that it is about to replace."""
 _OLD = "-old"
+_NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +45,31 @@ class Staged:
         """
         try:
             _sync(self.path)
-            old = self.path.with_name(self.path.name + _OLD)
-            with _undisturbed():
+        except OSError as error:
+            raise cannot_write(self.output, error) from error
+        old = self.path.with_name(self.path.name + _OLD)
+        with _undisturbed():
+            try:
                 if self.output.exists():  # now, whatever was there in the beginning
                     _require_replaceable(self.output, force=self.force)
                     self.output.rename(old)
-                try:
-                    self.path.rename(self.output)
-                except OSError:
-                    if old.exists():
-                        old.rename(self.output)
-                    raise
-                shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:
-            raise cannot_write(self.output, error) from error
+                self.path.rename(self.output)
+            except OSError as error:
+                raise self._not_renamed(old, error) from error
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _not_renamed(self, old: Path, error: OSError) -> NormconvertError:
+        """One sentence, after putting back the older output if it was moved to `old`."""
+        kept = ""
+        if old.exists():
+            try:
+                old.rename(self.output)
+            except OSError:  # then the next run into this output will
+                kept = f" The older output is {old}."
+        return RewriteError(
+            f"{self.output} cannot be put in its place: no folder can be renamed there "
+            f"({error.strerror or error}).{kept} Give an --output on another file system."
+        )
 
 
 def check_output(output: Path, source: Path, *, force: bool) -> None:
@@ -165,6 +178,8 @@ def writing(path: Path) -> Iterator[None]:
     """Whatever the operating system refuses while `path` is written, as one sentence of ours."""
     try:
         yield
+    except FileNotFoundError as error:  # all that is written is made here
+        raise SourceError(f"{error.filename} cannot be read: {error.strerror}.") from error
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -236,5 +251,8 @@ def _sync(folder: Path) -> None:
             file = os.open(os.path.join(root, name), os.O_RDONLY)
             try:
                 os.fsync(file)
+            except OSError as error:  # some network file systems have no such thing for folders
+                if error.errno not in _NOT_SUPPORTED:
+                    raise
             finally:
                 os.close(file)

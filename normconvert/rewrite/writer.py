@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
+from io import FileIO
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Any
@@ -316,7 +317,7 @@ def _write_spans(spans: list[Span], evaluator: Evaluator, source: Path, target: 
     waiting: list[bytes | memoryview] = []
     nbytes = 0
     with source.open("rb", buffering=0) as reading, target.open("r+b", buffering=0) as writing:
-        for data in _blocks(spans, evaluator, reading.fileno()):
+        for data in _blocks(spans, evaluator, reading):
             waiting.append(data)
             nbytes += len(data)
             if nbytes >= BLOCK_BYTES // 2:
@@ -326,7 +327,9 @@ def _write_spans(spans: list[Span], evaluator: Evaluator, source: Path, target: 
     return end - start
 
 
-def _blocks(spans: list[Span], evaluator: Evaluator, source: int) -> Iterator[bytes | memoryview]:
+def _blocks(
+    spans: list[Span], evaluator: Evaluator, source: FileIO
+) -> Iterator[bytes | memoryview]:
     for span in spans:
         for first, last in row_blocks(span.first, span.last, span.row_bytes, BLOCK_BYTES):
             if span.edit is None:
@@ -336,10 +339,10 @@ def _blocks(spans: list[Span], evaluator: Evaluator, source: int) -> Iterator[by
                 yield rows.view(-1).view(torch.uint8).numpy().data
 
 
-def _stored(file: int, start: int, stop: int) -> bytes:
-    data = os.pread(file, stop - start, start)
+def _stored(file: FileIO, start: int, stop: int) -> bytes:
+    data = os.pread(file.fileno(), stop - start, start)
     if len(data) < stop - start:
-        raise RewriteError("The source became shorter while it was read.")
+        raise RewriteError(f"{file.name} became shorter while it was read.")
     return data
 
 

@@ -82,6 +82,18 @@ def open_checkpoint(
     return checkpoint
 
 
+def opened(path: Path) -> int:
+    """A descriptor to read the file `path`, which was there when the checkpoint was opened.
+
+    Raises:
+        SourceError: it is not there any more, or cannot be read.
+    """
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file `path`.
 

@@ -256,6 +256,7 @@ def _check_tensors(
             *((name, after.tensors[name].nbytes, partial(check.copy, name)) for name in copied),
             *((edit.tensor, edit.nbytes, partial(check.edit, edit)) for edit in edits),
         ]
+        jobs.sort(key=lambda job: -job[1])  # lest one thread is left with the largest at the end
         total, done = sum(nbytes for _, nbytes, _ in jobs), 0
         listen(Event("certifying", 0, total))
         with ThreadPoolExecutor(os.cpu_count()) as pool:

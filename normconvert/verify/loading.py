@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.model_class import resolve
+from normconvert.precision import computing_in
 from normconvert.verify.placement import IN_MEMORY, Placement, read_plainly
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from normconvert.source import Checkpoint
 
 
@@ -34,17 +38,18 @@ def load_model(
     model_class, config = resolve(checkpoint, trust_remote_code)
     place: Any = checkpoint.folder if tensors is None else None
     try:
-        model, info = model_class.from_pretrained(
-            place,
-            config=config,
-            state_dict=None if tensors is None else dict(tensors),
-            dtype=dtype,
-            attn_implementation="eager",
-            device_map=_plain(placement.device_map),
-            max_memory=_plain(placement.max_memory),
-            offload_folder=offload_folder,
-            output_loading_info=True,
-        )
+        with _making(dtype, placement):
+            model, info = model_class.from_pretrained(
+                place,
+                config=config,
+                state_dict=None if tensors is None else dict(tensors),
+                dtype=dtype,
+                attn_implementation="eager",
+                device_map=_plain(placement.device_map),
+                max_memory=_plain(placement.max_memory),
+                offload_folder=offload_folder,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers and model code may raise anything
         raise VerificationError(
             f"transformers cannot load {checkpoint.folder}: {first_line(error)}."
@@ -61,6 +66,14 @@ def load_model(
         model.double()  # what transformers keeps in float32, whatever it was asked for
     read_plainly(model)
     return model.eval()
+
+
+def _making(dtype: torch.dtype, placement: Placement) -> AbstractContextManager[None]:
+    """Where a class that makes weights float32, whatever it is asked for, makes them float64.
+
+    Not where weights are offloaded: the files that these go to are read in their stored dtype.
+    """
+    return computing_in(dtype) if placement == IN_MEMORY else nullcontext()
 
 
 def _plain(option: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import tempfile
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from normconvert.errors import VerificationError, first_line
 from normconvert.ir.event import Event, Listener
-from normconvert.ir.report import Algebra, Certificate, Comparison, Equivalence, Layer
+from normconvert.ir.report import Algebra, Certificate, Equivalence, Layer
 from normconvert.model_class import auto_classes
 from normconvert.precision import computing_in
 from normconvert.quiet import quiet
@@ -25,6 +24,7 @@ from normconvert.verify.decoding import (
     stepwise_logits,
     tokens_to_step,
 )
+from normconvert.verify.figures import TIMES_FLOOR, comparison, output_distances, times_floor
 from normconvert.verify.layers import distances, layer_states
 from normconvert.verify.loading import load_model
 from normconvert.verify.noise import perturbed
@@ -37,15 +37,14 @@ from normconvert.verify.placement import (
     shapes,
     weights,
 )
-from normconvert.verify.tokens import input_sets, tower_inputs
+from normconvert.verify.tokens import input_sets, tower_inputs, unlike_tokenizers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from normconvert.source import Checkpoint
 
 _FLOOR_RUNS, _MOST_FLOOR_RUNS = 3, 12
-_TIMES_FLOOR, _FAR = 4.0, 100.0
+_FAR = 100.0
+_FEW = 3
 _PASSES = 2 + _FLOOR_RUNS
 _Outputs: TypeAlias = "tuple[dict[str, torch.Tensor], dict[str, list[torch.Tensor]]]"
 
@@ -103,22 +102,25 @@ def compare(
         resized = any(sizes.get(name, shape) != shape for name, shape in shapes(model).items())
         del model
         differing = _differing(before, after)
+        unlike: tuple[str, ...] = ()
+        if certificate is None:  # which has compared all files
+            unlike = unlike_tokenizers(original, converted, text, trust_remote_code)
         floors: list[dict[str, tuple[float, float]]] = []
         layer_floors = []
         for seed in range(_MOST_FLOOR_RUNS if differing else 0):
-            times = _times_floor(_distances(reference, candidate), floors)
-            if seed >= _FLOOR_RUNS and not _TIMES_FLOOR < times < _FAR:
+            times = times_floor(output_distances(reference, candidate), floors)
+            if seed >= _FLOOR_RUNS and not TIMES_FLOOR < times < _FAR:
                 break
             model = run.load(converted if resized else original)
             moving = _differing(after, before) if resized else differing
             replace_weights(model, moving, partial(_noisy, original, converted, seed))
             moved, moved_states = run.outputs(model, sets, steps)
-            floors.append(_distances(candidate if resized else reference, moved))
+            floors.append(output_distances(candidate if resized else reference, moved))
             base = states if resized else reference_states
             layer_floors.append(distances(base, moved_states, centered))
             del model
     comparisons = tuple(
-        _comparison(
+        comparison(
             name,
             reference[name],
             candidate[name],
@@ -131,10 +133,14 @@ def compare(
         Layer(module=module, rms=rms, floor=max((each[module] for each in layer_floors), default=0))
         for module, rms in distances(reference_states, states, centered).items()
     )
-    equivalent = all(comparison.equivalent for comparison in comparisons) and all(
-        each is None or each.valid for each in (certificate, algebra)
+    if certificate is None:
+        notes += _differences(original, converted, differing, unlike)
+    equivalent = (
+        not unlike
+        and all(each.equivalent for each in comparisons)
+        and all(each is None or each.valid for each in (certificate, algebra))
     )
-    apart = (layer.module for layer in layers if layer.rms > _TIMES_FLOOR * layer.floor)
+    apart = (layer.module for layer in layers if layer.rms > TIMES_FLOOR * layer.floor)
     return Equivalence(
         original=original.model,
         converted=converted.model,
@@ -147,17 +153,31 @@ def compare(
         generation=side_by_side(original, prompt, written, trust_remote_code),
         layers=layers,
         parts_at=None if equivalent else next(apart, None),
-        notes=(*notes, *([] if certificate else _config_notes(original.config, converted.config))),
+        notes=notes,
     )
 
 
-def _config_notes(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, ...]:
-    """What two configurations do not have in common may matter on input that was not read."""
+def _differences(
+    original: Checkpoint,
+    converted: Checkpoint,
+    tensors: tuple[str, ...],
+    tokenizers: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Where two checkpoints of which nothing is known differ, if that is a place or few.
+
+    What two configurations do not have in common may matter on input that was not read.
+    """
+    one, other = original.config, converted.config
     keys = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
     keys = [key for key in keys if key not in ("transformers_version", "dtype", "torch_dtype")]
-    if not keys:
-        return ()
-    return (f"Their configurations differ in {', '.join(keys)}.",)
+    found = []
+    if keys:
+        found.append(f"Their configurations differ in {', '.join(keys)}.")
+    if 0 < len(tensors) <= _FEW:
+        found.append(f"Of their weights these differ: {', '.join(tensors)}.")
+    if tokenizers:
+        found.append(f"Their tokenizers read text in different ways: {', '.join(tokenizers)}.")
+    return tuple(found)
 
 
 class _Runner:
@@ -287,72 +307,3 @@ def _refuse_other_shapes(
             f"The outputs have different shapes: {one} and {other}; these are not the same "
             "architecture."
         )
-
-
-def _comparison(
-    name: str,
-    reference: torch.Tensor,
-    candidate: torch.Tensor,
-    floors: list[tuple[float, float]],
-    text: torch.Tensor | None,
-) -> Comparison:
-    largest, rms = _distance(reference, candidate)
-    floor_max = max((each[0] for each in floors), default=0.0)
-    floor_rms = max((each[1] for each in floors), default=0.0)
-    p, q = (logits.to(torch.float64).log_softmax(-1) for logits in (reference, candidate))
-    return Comparison(
-        tokens=name,
-        positions=len(reference),
-        max=largest,
-        rms=rms,
-        kl=float((p.exp() * (p - q)).sum(-1).mean()),
-        top1=float((reference.argmax(-1) == candidate.argmax(-1)).to(torch.float64).mean()),
-        perplexity=None if text is None else (_perplexity(p, text), _perplexity(q, text)),
-        floor_max=floor_max,
-        floor_rms=floor_rms,
-        distribution=_distribution(reference, candidate),
-        equivalent=largest <= _TIMES_FLOOR * floor_max and rms <= _TIMES_FLOOR * floor_rms,
-    )
-
-
-def _times_floor(
-    found: dict[str, tuple[float, float]], floors: list[dict[str, tuple[float, float]]]
-) -> float:
-    """How many times the highest floor a distance is, largest or rms, where it is most times it."""
-    highest = {
-        (name, i): max((each[name][i] for each in floors), default=0.0)
-        for name in found
-        for i in range(2)
-    }
-    times = (
-        distance / highest[name, i] if highest[name, i] else math.inf
-        for name, distances in found.items()
-        for i, distance in enumerate(distances)
-        if distance
-    )
-    return max(times, default=0.0)
-
-
-def _distribution(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[tuple[int, int], ...]:
-    difference = (reference.to(torch.float64) - candidate.to(torch.float64)).abs()
-    powers = difference[(difference > 0) & difference.isfinite()].log10().floor().to(torch.int64)
-    values, counts = torch.unique(powers, return_counts=True)
-    return tuple(zip(values.tolist(), counts.tolist(), strict=True))
-
-
-def _perplexity(log_probabilities: torch.Tensor, ids: torch.Tensor) -> float:
-    """exp of the mean loss on the next token."""
-    count, length = ids.shape
-    predicted = log_probabilities.reshape(count, length, -1)[:, :-1]
-    return float(predicted.gather(-1, ids[:, 1:, None]).mean().neg().exp())
-
-
-def _distances(
-    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
-) -> dict[str, tuple[float, float]]:
-    return {name: _distance(tensor, other[name]) for name, tensor in one.items()}
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
-    difference = one.to(torch.float64) - other.to(torch.float64)
-    return float(difference.abs().max()), float(difference.square().mean().sqrt())

@@ -7,7 +7,7 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psutil
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 Weight: TypeAlias = "Callable[[str, torch.Tensor], torch.Tensor]"
 """What a weight of this name, given as it is, is to be instead."""
 
-_CGROUP_LIMITS = tuple(
-    Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory/memory.limit_in_bytes")
-)
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _SHARE = 0.6
 """Of the free memory, for weights: the rest is for what is being computed."""
+_IN_USE = 2
+"""The largest weights that are in memory besides, as they are read and used: mostly the head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +98,16 @@ def choose(
     """
     stored = main_dtype(checkpoint)
     wider = torch.float64 if stored.itemsize >= 4 else torch.float32
-    count = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    counts = [math.prod(tensor.shape) for tensor in checkpoint.tensors.values()]
     dtypes = [getattr(torch, asked)] if asked else [wider, stored]
     if placement != IN_MEMORY:
         return dtypes[0], placement
     free = free_memory()
     for dtype in dtypes:
-        if count * dtype.itemsize <= free:
+        if (sum(counts) + _IN_USE * max(counts)) * dtype.itemsize <= free:
             return dtype, IN_MEMORY
-    return dtypes[0], Placement(device_map="auto", max_memory={"cpu": int(free * _SHARE)})
+    kept = free * _SHARE - _IN_USE * max(counts) * dtypes[0].itemsize
+    return dtypes[0], Placement(device_map="auto", max_memory={"cpu": max(0, int(kept))})
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -124,14 +125,30 @@ def free_memory() -> int:
     """Bytes that this process may still take: of the machine, its control group and its limits."""
     used = psutil.Process().memory_info()
     found = [psutil.virtual_memory().available]
-    for path in _CGROUP_LIMITS:
-        limit = path.read_text().strip() if path.is_file() else ""
-        if limit.isdigit():
-            found.append(int(limit) - used.rss)
+    found += [limit - used.rss for limit in _cgroup_limits()]
     limit_of_addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit_of_addresses != resource.RLIM_INFINITY:
         found.append(limit_of_addresses - used.vms)
     return max(0, int(min(found)))
+
+
+def _cgroup_limits() -> Iterator[int]:
+    """The limits in bytes of the control groups that this process is in, one within the other."""
+    lines = _OWN_CGROUP.read_text().splitlines() if _OWN_CGROUP.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # of version 2, which has one tree for all
+            place, name = _CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            place, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = PurePosixPath(path)
+        for group in (own, *own.parents):
+            file = place / group.relative_to("/") / name
+            limit = file.read_text().strip() if file.is_file() else ""
+            if limit.isdigit():
+                yield int(limit)
 
 
 def input_device(model: Any) -> torch.device:

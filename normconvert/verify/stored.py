@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from normconvert.errors import VerificationError
+from normconvert.source.checkpoint import opened
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +33,7 @@ class Stored:
 
     def __enter__(self) -> Stored:
         for path in set(self._paths.values()):
-            self._files[path] = os.open(path, os.O_RDONLY)
+            self._files[path] = opened(path)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,6 +26,7 @@ from normconvert.verify.stored import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from normconvert.source import Checkpoint
 
@@ -168,8 +169,7 @@ def _token_sets(
     tokenizer = _tokenizer(checkpoint, trust_remote_code)
     if tokenizer is None:
         return {"random": random}, ("No tokenizer could be loaded: only random tokens were read.",)
-    shipped = files("normconvert.verify").joinpath("text.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text or shipped, return_tensors="pt", truncation=False)["input_ids"][0]
+    ids = tokenizer(text or _shipped_text(), return_tensors="pt", truncation=False)["input_ids"][0]
     if int(ids.max()) >= vocabulary or len(ids) < 2:
         return {"random": random}, ("The tokenizer does not fit the model: no text was read.",)
     whole = len(ids) // length
@@ -177,6 +177,32 @@ def _token_sets(
         return {"text": ids.unsqueeze(0), "random": random}, ()
     count = min(SEQUENCES, whole)
     return {"text": ids[: count * length].reshape(count, length), "random": random}, ()
+
+
+def unlike_tokenizers(
+    one: Checkpoint, other: Checkpoint, text: str | None, trust_remote_code: bool
+) -> tuple[str, ...]:
+    """The files that may be why the tokenizers of two checkpoints have unlike tokens.
+
+    Or make other ones of `text`, or else the shipped one. None of a checkpoint without one.
+    """
+    tokenizers = [_tokenizer(each, trust_remote_code) for each in (one, other)]
+    if None in tokenizers:
+        return ()
+    said = text or _shipped_text()
+    first, second = ((each(said)["input_ids"], each.get_vocab()) for each in tokenizers)
+    if first == second:
+        return ()
+    places = ([each.folder / name for each in (one, other)] for name in _TOKENIZER_FILES)
+    return tuple(a.name for a, b in places if _content(a) != _content(b))
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _shipped_text() -> str:
+    return files("normconvert.verify").joinpath("text.txt").read_text(encoding="utf-8")
 
 
 def as_text(checkpoint: Checkpoint, ids: Sequence[int], trust_remote_code: bool) -> str:
@@ -188,7 +214,7 @@ def as_text(checkpoint: Checkpoint, ids: Sequence[int], trust_remote_code: bool)
 def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES[:5]):
         return None
     try:
         # Said outright: left open, transformers would ask on the terminal.
@@ -197,4 +223,7 @@ def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         return None
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
+)  # fmt: skip  # one of the first five holds the tokens

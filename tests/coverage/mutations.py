@@ -1,82 +1,224 @@
-"""Wrong conversions on purpose: does the certificate catch them, does comparing the outputs?
+"""Right conversions and wrong ones: does the certificate know them, does comparing the outputs?
 
-Each model is converted with `flashnorm`, then one edit is left out, or one element that an edit
-wrote is moved. What comparing the outputs can see depends on the dtype: below the noise floor of
-narrow weights no difference in the outputs says anything.
+Each model is converted by every rewrite that applies. The conversion as it is has to pass. Then one
+edit is left out, or one element that an edit wrote is moved, and neither may pass. What comparing
+the outputs can see depends on the dtype: in 16 bits the noise floor hides most single elements.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import tiny
 import torch
+from measure import REWRITES
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 
-import normconvert
+from normconvert.errors import NormconvertError
 from normconvert.ir.event import ignore
+from normconvert.ir.graph import Graph
 from normconvert.ir.plan import Plan
 from normconvert.precision import float64
-from normconvert.source import open_checkpoint
-from normconvert.verify import certify
+from normconvert.rewrite import write
+from normconvert.settle import Request, settle
+from normconvert.source import Checkpoint, open_checkpoint
+from normconvert.trace import trace
+from normconvert.verify import certify, logits
 from normconvert.verify.loading import load_model
-from normconvert.verify.logits import compare
-from normconvert.verify.tokens import input_sets
+from normconvert.verify.tokens import input_sets, tower_inputs
 
 MOVED_BY = 2.0**-7  # of the element: its last place, were it stored in bfloat16
-FELT = 1e-12  # of the largest output; less is float64's own, as of a key's bias behind a softmax
 WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mutation:
-    """A wrong conversion of the model `name`. `felt`: its outputs differ from the right one's.
+class Judgement:
+    """What the verification says of one conversion of the model `name`, stored in `dtype`.
 
-    `certificate` and `outputs`: whether these caught it.
+    `kind` is "exact" for the conversion as it is, else what was done to `tensor`. `effect` is the
+    largest difference of the outputs from those of the exact conversion, both computed in
+    float64, relative to the largest output. `certificate` and `outputs` are whether these passed
+    it; the latter is None if the outputs were not compared.
     """
 
     name: str
+    dtype: str
+    rewrite: str
     kind: str
     tensor: str
-    felt: bool
+    effect: float
     certificate: bool
-    outputs: bool
+    outputs: bool | None
 
 
-def mutations(name: str, folder: Path, dtype: torch.dtype) -> tuple[Mutation, ...]:
-    """One edit left out and one element moved in a conversion of the model called `name`.
+def judge(
+    name: str, dtype: torch.dtype, folder: Path, *, compare_wrong: bool
+) -> Iterator[Judgement]:
+    """Judge the exact and the wrong conversions of the model called `name`, stored in `dtype`.
 
-    Nothing if it cannot be converted. The checkpoint is stored in `dtype`.
+    Nothing is judged if it cannot be converted. The outputs of the wrong ones are compared only if
+    `compare_wrong` says so.
     """
-    source, output = folder / "source", folder / "output"
-    tiny.build(name).to(dtype).save_pretrained(source)
+    tiny.build(name).to(dtype).save_pretrained(folder / "source")
+    source = open_checkpoint(str(folder / "source"))
     try:
-        conversion = normconvert.convert(source, output, verify=False)
-    except (normconvert.PlanError, normconvert.TraceError):
-        return ()
-    before, right = load_file(source / WEIGHTS), load_file(output / WEIGHTS)
-    plan = conversion.inspection.plan
-    edited = [edit.tensor for edit in plan.edits]
-    expected = _outputs(output)
-    return tuple(
-        _judged(name, kind, tensor, {**right, tensor: wrong}, expected, plan, source, output)
-        for kind, tensor, wrong in _wrong(name, edited, before, right)
-    )
+        graph = trace(source)
+    except NormconvertError:
+        return
+    with _remembering():
+        yield from _judgements(name, dtype, folder, source, graph, compare_wrong)
+
+
+def _judgements(
+    name: str,
+    dtype: torch.dtype,
+    folder: Path,
+    source: Checkpoint,
+    graph: Graph,
+    compare_wrong: bool,
+) -> Iterator[Judgement]:
+    for rewrite in REWRITES:
+        request = Request(
+            rewrites=(rewrite,),
+            format="stock" if rewrite == "flashnorm" else "native",
+            tied="keep",
+            dtype="keep",
+            fraction=1.0,
+        )
+        try:
+            plan, _ = settle(graph, source, request)
+        except NormconvertError:
+            continue
+        output = folder / rewrite
+        output.mkdir()
+        write(plan, source, output, {"plan": plan.to_json()}, ignore)
+        case = _Case(name, str(dtype).removeprefix("torch."), rewrite, plan, source, output)
+        yield case.judged("exact", "", compared=True)
+        right = load_file(output / WEIGHTS)
+        before = load_file(source.folder / WEIGHTS)
+        for kind, tensor, wrong in _wrong(name, plan, before, right):
+            save_file({**right, tensor: wrong}, output / WEIGHTS, metadata={"format": "pt"})
+            yield case.judged(kind, tensor, compared=compare_wrong)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One conversion, whose output a mutation may replace."""
+
+    name: str
+    dtype: str
+    rewrite: str
+    plan: Plan
+    source: Checkpoint
+    output: Path
+
+    def judged(self, kind: str, tensor: str, *, compared: bool) -> Judgement:
+        converted = open_checkpoint(str(self.output))
+        expected = self._right_outputs  # the first time, before anything is wrong
+        found = expected if kind == "exact" else _outputs(converted)
+        effect = max(
+            float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True)
+        )
+        return Judgement(
+            name=self.name,
+            dtype=self.dtype,
+            rewrite=self.rewrite,
+            kind=kind,
+            tensor=tensor,
+            effect=effect,
+            certificate=certify(self.plan, self.source, converted, ignore).valid,
+            outputs=self._equivalent(converted) if compared else None,
+        )
+
+    @cached_property
+    def _right_outputs(self) -> tuple[torch.Tensor, ...]:
+        return _outputs(open_checkpoint(str(self.output)))
+
+    def _equivalent(self, converted: Checkpoint) -> bool:
+        return logits.compare(
+            self.source,
+            converted,
+            text=None,
+            dtype=None,
+            returns=(),
+            certificate=None,
+            algebra=None,
+            centered="rmsnorm" in self.plan.rules,
+            trust_remote_code=False,
+            listen=ignore,
+        ).equivalent
+
+
+@contextmanager
+def _remembering() -> Iterator[None]:
+    """Inside, no model computes the same twice: most of what a comparison runs, others have run.
+
+    The original is run once, and with each noise once. What models write, which says nothing in
+    the verdict, is what the first one writes.
+    """
+    known: dict[object, Any] = {}
+
+    def once(run: Callable[..., Any], key: Callable[..., object]) -> Callable[..., Any]:
+        def remembered(*given: Any) -> Any:
+            place = key(*given)
+            if place not in known:
+                known[place] = run(*given)
+            return known[place]
+
+        return remembered
+
+    with ExitStack() as patches:
+        for owner, attribute, key in (
+            (logits._Runner, "outputs", lambda _, *given: _digest(*given)),
+            (logits, "continuation", lambda *_: "what is written"),
+        ):
+            remembered = once(getattr(owner, attribute), key)
+            patches.enter_context(patch.object(owner, attribute, remembered))
+        yield
+
+
+def _digest(model: Any, *inputs: Any) -> bytes:
+    """Of all that says what a model computes of its inputs."""
+    found = hashlib.sha256(f"{type(model)} {model.config}".encode())
+    for tensor in tree_leaves([dict(model.state_dict(keep_vars=False)), inputs]):
+        if isinstance(tensor, torch.Tensor):
+            found.update(f"{tensor.shape} {tensor.dtype}".encode())
+            found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.digest()
 
 
 def _wrong(
     name: str,
-    edited: list[str],
+    plan: Plan,
     before: Mapping[str, torch.Tensor],
     right: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """The kind of mutation, the tensor and what it becomes."""
+    """The kind of mutation, the tensor and what it becomes.
+
+    An edit can only be left out where the tensor was there before, in the same shape; of a norm's
+    gain that becomes 1 by being 1, leaving it out is no fault.
+    """
     choose = random.Random(name)
-    tensor = choose.choice(edited)
-    yield "edit left out", tensor, before[tensor]
+    edited = [edit.tensor for edit in plan.edits]
+    kept = [
+        each
+        for each in edited
+        if each in before
+        and before[each].shape == right[each].shape
+        and not torch.equal(before[each], right[each])
+    ]
+    if kept:
+        tensor = choose.choice(kept)
+        yield "edit left out", tensor, before[tensor]
     tensor = choose.choice([each for each in edited if bool((right[each] != 0).any())])
     moved = right[tensor].clone()
     elements = moved.view(-1)
@@ -85,48 +227,13 @@ def _wrong(
     yield "element moved", tensor, moved
 
 
-def _judged(
-    name: str,
-    kind: str,
-    tensor: str,
-    weights: dict[str, torch.Tensor],
-    expected: torch.Tensor,
-    plan: Plan,
-    source: Path,
-    output: Path,
-) -> Mutation:
-    save_file(weights, output / WEIGHTS, metadata={"format": "pt"})
-    original, converted = open_checkpoint(str(source)), open_checkpoint(str(output))
-    report = compare(
-        original,
-        converted,
-        text=None,
-        dtype=None,
-        returns=(),
-        certificate=None,
-        algebra=None,
-        centered=False,
-        trust_remote_code=False,
-        listen=ignore,
-    )
-    felt = bool((_outputs(output) - expected).abs().max() > FELT * expected.abs().max())
-    return Mutation(
-        name=name,
-        kind=kind,
-        tensor=tensor,
-        felt=felt,
-        certificate=not certify(plan, original, converted, ignore).valid,
-        outputs=not report.equivalent,
-    )
-
-
-def _outputs(folder: Path) -> torch.Tensor:
-    """What is compared, of the model in `folder`: its logits, or its last hidden states."""
-    checkpoint = open_checkpoint(str(folder))
+def _outputs(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:
+    """What is compared, of the model of `checkpoint`: its logits, or its last hidden states."""
     model = load_model(checkpoint, torch.float64, trust_remote_code=False)
     sets, _ = input_sets(model, checkpoint, None, trust_remote_code=False)
     with torch.no_grad(), float64():
-        output = model(**next(iter(sets.values())))
-    found: torch.Tensor = getattr(output, "logits", output[0])
-    pooled = getattr(output, "pooler_output", None)
-    return found if pooled is None else torch.cat([found.flatten(), pooled.flatten()])
+        outputs: list[Any] = [model(**inputs) for inputs in sets.values()]
+        outputs += [tower(**given) for tower, given in tower_inputs(model).values()]
+    found = [getattr(output, "logits", output[0]) for output in outputs]
+    pooled = [getattr(output, "pooler_output", None) for output in outputs]
+    return (*found, *(each for each in pooled if each is not None))

@@ -12,15 +12,13 @@ from measure import measure
 pytestmark = pytest.mark.coverage
 
 EXACT = 1e-12
-# Their routers are kept in float32, whatever the model is loaded in: their folded weights round.
-IN_FLOAT32 = {"ernie4_5_moe", "ernie4_5_vl_moe", "hunyuan_v1_moe"}
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_exact_or_refused(name: str, tmp_path: Path) -> None:
     # The zoo's models are compared in test_conversion.py and test_layernorm.py.
     row = measure(name, tmp_path, compare=not tiny.of_the_zoo(name))
-    assert row.error <= (1e-6 if name in IN_FLOAT32 else EXACT)
+    assert row.error <= EXACT
     text = document.line(row)
     known = document.known_lines()[name]
     assert document.without_error(known) == document.without_error(text), (
