@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 import shlex
@@ -193,3 +194,25 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
     for file, test in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", text):
         source = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert not test or f"\ndef {test}(" in source, test
+
+
+def test_every_message_that_is_explained_occurs() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    ours = page.partition("\n## Loading a native checkpoint")[0]
+    messages = re.findall(r"^\| `([^`]+)` \|", ours, flags=re.MULTILINE)
+    assert len(messages) > 30
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "normconvert").rglob("*.py"))
+    said = [text for source in sources for text in texts(source)]
+    for message in messages:
+        pattern = ".*".join(re.escape(part) for part in message.split("…"))
+        assert any(re.search(pattern, text) for text in said), message
+
+
+def texts(source: str) -> Iterator[str]:
+    """Every string of a module, with … for what an f-string puts in."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            parts = (each.value if isinstance(each, ast.Constant) else "…" for each in node.values)
+            yield "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
