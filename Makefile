@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 DEMO := demo-output
 
-.PHONY: demo test quick check engines coverage mutations format clean
+.PHONY: demo test quick check engines coverage mutations reference format clean
 
 demo: $(VENV)/installed
 	rm -rf $(DEMO)
@@ -27,6 +27,9 @@ coverage: $(VENV)/developing
 
 mutations: $(VENV)/developing
 	$(BIN)/python scripts/measure_mutations.py
+
+reference: $(VENV)/developing
+	$(BIN)/python scripts/make_reference.py
 
 check: $(VENV)/developing
 	$(BIN)/ruff check .
