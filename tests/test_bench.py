@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -197,14 +198,11 @@ def test_compiled_steps_compute_what_the_others_do(tmp_path: Path) -> None:
     _, model = graph_and_model("llama", tmp_path)
     logits: dict[bool, list[torch.Tensor]] = {False: [], True: []}
 
-    def compiled(model: Any) -> Any:
-        return torch.compile(model, backend="eager", dynamic=False)
-
+    compile_eagerly = partial(torch.compile, backend="eager")
     for how, found in logits.items():
         keep = model.register_forward_hook(lambda *a, found=found: found.append(a[-1].logits))
-        with torch.no_grad(), mock.patch.object(passes, "_compiled", compiled):
-            for _ in range(2):
-                passes.passing("decode", model, 20, compiled=how)()
+        with torch.no_grad(), mock.patch.object(torch, "compile", compile_eagerly):
+            passes.passing("decode", model, 20, compiled=how)()
         keep.remove()
         torch.compiler.reset()
     assert len(logits[True]) == len(logits[False]) > 2 * passes.STEPS
@@ -253,6 +251,15 @@ def test_what_cannot_be_trained_is_said(tmp_path: Path) -> None:
     assert missing is not None
     assert "as_rmsnorm: " in missing
     assert "dropout" in missing
+
+
+def test_compiled_models_do_not_share_what_is_compiled() -> None:
+    """Of models of one class; a shared one would make each look through the others' first."""
+    codes = []
+    with mock.patch.object(torch, "compile", lambda run, **_: codes.append(run.__code__)):
+        for _ in range(2):
+            passes._compiled(nn.Identity())
+    assert codes[0] is not codes[1]
 
 
 # --- counting
