@@ -93,9 +93,7 @@ def serve() -> Iterator[Hub]:
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, *request: Any) -> None:
-        if not isinstance(
-            sys.exc_info()[1], ConnectionError
-        ):  # the client had enough, or was killed
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client has left
             super().handle_error(*request)
 
 
