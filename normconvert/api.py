@@ -190,6 +190,7 @@ def verify_equivalence(
     text: str | None = None,
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None,
     returns: tuple[str, ...] = (),
+    revision: str | None = None,
     device_map: str | Mapping[str, str] | None = None,
     max_memory: Mapping[Any, int | str] | None = None,
     model_class: type[PreTrainedModel] | None = None,
@@ -205,6 +206,7 @@ def verify_equivalence(
     `dtype` is the dtype to compute in; by default the next wider one than the weights', in
     which the rounding of the arithmetic does not hide that of the weights. `returns` names the
     outputs to compare; by default the logits, or without a head the last hidden states.
+    `revision` is the original's, if that is a Hub repository.
     `device_map` (or a device, such as "cuda:0") and `max_memory` are those of `from_pretrained`,
     for the logits; by default these are computed on the CPU, and of a model that does not fit into
     memory, the weights are read from disk while it runs. `model_class` as in `convert`, for both.
@@ -215,7 +217,7 @@ def verify_equivalence(
     from normconvert.verify import compare, place
 
     placement = place(device_map, max_memory)
-    pair = _open(original, None, model_class), _open(converted, None, model_class)
+    pair = _open(original, revision, model_class), _open(converted, None, model_class)
     for each in pair:
         download(each)
     certificate, algebra, centered, notes = _proof(*pair, trust_remote_code, listen)

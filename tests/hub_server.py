@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -90,9 +91,15 @@ def serve() -> Iterator[Hub]:
         yield hub
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *request: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # the client has left
+            super().handle_error(*request)
+
+
 @contextmanager
 def _running(handler: type[_Base], hub: Hub) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("_Bound", (handler,), {"hub": hub}))
+    server = _Server(("127.0.0.1", 0), type("_Bound", (handler,), {"hub": hub}))
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:

@@ -171,6 +171,13 @@ def test_the_cache_serves_without_the_hub(internet: Internet, output: Path) -> N
         main.assert_refused(MODEL, "HF_HUB_OFFLINE")
 
 
+def test_the_original_at_its_revision(internet: Internet, output: Path) -> None:
+    arguments = ("verify-equivalence", MODEL, str(output), "--revision", "fix/gains", "--json", "-")
+    report = internet.run(*arguments).json()
+    assert report["equivalent"] is True
+    assert report["certificate"]["problem_count"] == 0
+
+
 def test_main_by_default_and_a_commit_by_its_hash(
     internet: Internet, output: Path, repository: Repository
 ) -> None:

@@ -315,6 +315,7 @@ def verify_equivalence(
     device_map: DeviceMap = None,
     max_memory: MaxMemory = None,
     returns: Returns = None,
+    revision: Revision = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -335,6 +336,7 @@ def verify_equivalence(
             device_map=device or device_map,
             max_memory=limits(max_memory or []),
             returns=tuple(returns or ()),
+            revision=revision,
             trust_remote_code=trust_remote_code,
             listen=listen,
         )

@@ -142,14 +142,10 @@ def _shard_names(snapshot: Snapshot) -> list[str]:
             "safetensors first: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto')"
             ".save_pretrained(NEW_FOLDER)."
         )
-    raise SourceError(
-        f"{snapshot.place} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a checkpoint with "
-        f"safetensors weights{_or(snapshot)}."
-    )
-
-
-def _or(snapshot: Snapshot) -> str:
-    return "" if snapshot.commit is None else f", or {snapshot.remedy}"
+    remedy = "give the folder of a checkpoint with safetensors weights"
+    if snapshot.commit is not None:
+        remedy += f", or {snapshot.remedy}"
+    raise SourceError(f"{snapshot.place} has neither {SINGLE_FILE} nor {INDEX_FILE}; {remedy}.")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -33,6 +33,7 @@ _HEADER_BYTES = 1 << 17  # asked for at once: nearly every header is shorter
 _PIECE_BYTES = 8 << 20
 _CONNECTIONS = 8
 _ALL = 200  # of HTTP: the whole file, where a part would be 206
+_PASSES = (408, 429, 500, 502, 503, 504)  # worth another try; not every version tries them all
 
 
 def remote_headers(model: str, commit: str, names: list[str]) -> list[Header]:
@@ -165,7 +166,13 @@ def _range(model: str, commit: str, name: str, start: int, stop: int) -> tuple[b
     from huggingface_hub.utils import http_backoff  # type: ignore[attr-defined]
 
     url, headers = _request(model, commit, name, start, stop)
-    response = http_backoff("GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT)
+    response = http_backoff(
+        "GET",
+        url,
+        headers=headers,
+        timeout=HF_HUB_DOWNLOAD_TIMEOUT,
+        retry_on_status_codes=_PASSES,
+    )
     hf_raise_for_status(response)
     return response.content, int(response.headers["Content-Range"].rpartition("/")[2])
 
@@ -176,7 +183,9 @@ def _require_ranges(model: str, commit: str, name: str) -> None:
     from huggingface_hub.utils import http_stream_backoff  # type: ignore[attr-defined]
 
     url, headers = _request(model, commit, name, 0, 8)
-    with http_stream_backoff("GET", url, headers=headers) as response:
+    with http_stream_backoff(
+        "GET", url, headers=headers, retry_on_status_codes=_PASSES
+    ) as response:
         if response.status_code == _ALL:
             raise SourceError(
                 f"The server of {model} sends no parts of files, so its headers cannot be read by "
