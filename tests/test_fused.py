@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from normconvert.nn import CRMSNorm, PartialRMSNorm, RMSNorm
+from normconvert.nn import CRMSNorm, PartialRMSNorm, RMSNorm, recenter
 from normconvert.nn import modeling_normconvert as modeling
 
 EPS = 1e-5
@@ -172,6 +172,22 @@ def run(cache: Path, path: str | None = None) -> bool:
     )
     assert done.stderr == ""
     return done.stdout.strip() == "True"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_trace_is_the_same_with_and_without_gradients() -> None:
+    class Reading(nn.Module):
+        """A stream of mean zero that wants a gradient, as that of a model with parameters."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), RMSNorm(8, EPS, gain=False, zero_mean=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.norm(recenter(self.linear(x)))
+            return found
+
+    torch.jit.trace(Reading(), (torch.randn(3, 8),))  # type: ignore[no-untyped-call]
 
 
 def test_it_is_compiled_once(tmp_path: Path) -> None:

@@ -348,9 +348,11 @@ def _has_fast_layer_norm(x: torch.Tensor) -> bool:
 
     On the CPU it is one pass, RMSNorm is several. Never in float64, in which conversions are
     proven: a proof must see a real RMSNorm. Never with a gradient, from which LayerNorm would
-    take the mean: training must not depend on the device.
+    take the mean: training must not depend on the device. Never in torch.jit's trace, which is
+    made with gradients and checked without.
     """
-    return x.is_cpu and x.dtype is not torch.float64 and not x.requires_grad
+    traced = not torch.compiler.is_compiling() and _traced() is not None
+    return x.is_cpu and x.dtype is not torch.float64 and not x.requires_grad and not traced
 
 
 def _has_fused_rms_norm(norm: RMSNorm, x: torch.Tensor) -> bool:
