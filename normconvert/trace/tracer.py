@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Call, Graph, Norm, Tie
-from normconvert.model_class import auto_classes, resolve
+from normconvert.model_class import auto_classes, of_the_size, resolve
 from normconvert.model_inputs import optional_inputs, towers, trace_inputs
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
@@ -101,7 +101,10 @@ def _trace(
 ) -> Graph:
     with quiet(), fake_tensors(), torch.no_grad():
         try:
-            model = build(model_class, config, torch.float32)
+            with of_the_size(checkpoint):
+                model = build(model_class, config, torch.float32)
+        except TraceError:
+            raise
         except Exception as error:  # a model class may raise anything on values it cannot use
             raise TraceError(
                 f"{checkpoint.folder / 'config.json'} does not describe a {model_class.__name__} "
