@@ -16,8 +16,9 @@ from transformers import Cache, PreTrainedModel
 
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Call, Graph, Norm, Tie
-from normconvert.model_class import auto_classes, of_the_size, resolve
+from normconvert.model_class import auto_classes, resolve
 from normconvert.model_inputs import optional_inputs, towers, trace_inputs
+from normconvert.model_size import of_the_size
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
 from normconvert.trace.loading import build, load, open_biases

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from normconvert.errors import NormconvertError, VerificationError, first_line
-from normconvert.model_class import of_the_size, resolve
+from normconvert.model_class import resolve
+from normconvert.model_size import of_the_size
 from normconvert.precision import computing_in
 from normconvert.verify.placement import IN_MEMORY, Placement, read_plainly
 
