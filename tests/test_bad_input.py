@@ -158,6 +158,7 @@ BAD_FILES: dict[str, Case] = {
     ),
     "three offsets": (set_in(Q, "data_offsets", [0, 1, 2]), (SINGLE, Q, "offsets")),
     "offsets of 2^64": (set_in(Q, "data_offsets", [2**64, 2**64 + 19440]), (SINGLE, Q)),
+    "shape not a number": (set_in(NORM, "shape", [float("nan")]), (SINGLE, NORM, "natural")),
     "entry no object": (header(lambda entries: entries.update({Q: 1})), (SINGLE, Q)),
     "metadata no map": (header(lambda entries: {**entries, "__metadata__": 1}), ("__metadata__",)),
     "metadata not text": (
@@ -265,6 +266,11 @@ def only_pickles(folder: Path) -> None:
 
 
 BAD_FOLDERS: dict[str, Case] = {
+    "ten million layers": (
+        config(num_hidden_layers=10**7),
+        (CONFIG, "more than 10,", "parameters", "do the two belong together"),
+    ),
+    "eps not a number": (config(rms_norm_eps=float("nan")), ("none that is known",)),
     "no config": (lambda folder: (folder / CONFIG).unlink(), (CONFIG, "give the folder")),
     "config a folder": (
         lambda folder: make_folder(folder / CONFIG),
@@ -325,6 +331,48 @@ def test_a_bad_folder(case: str, single: Path) -> None:
     damage, words = BAD_FOLDERS[case]
     damage(single)
     assert_refused(single, *words)
+
+
+def test_two_checkpoints_of_ten_million_layers(single: Path) -> None:
+    """Which nothing traces: they are loaded at once."""
+    config(num_hidden_layers=10**7)(single)
+    with pytest.raises(normconvert.NormconvertError) as caught:
+        normconvert.verify_equivalence(single, single)
+    assert_sentence(str(caught.value), CONFIG, "more than 10,", "parameters")
+
+
+def test_a_name_is_no_path(single: Path) -> None:
+    """Of a tensor that nothing reads: it is copied, and nothing is made under its name."""
+    name = "../../evil\x1b[2J\n.weight"
+    tensors(lambda stored: stored.update({name: torch.ones(3)}))(single)
+    normconvert.convert(single, single.parent / "output", verify=False)
+    assert sorted(path.name for path in single.parent.iterdir()) == ["llama", "output"]
+    assert set((single.parent / "output").iterdir()) == {
+        single.parent / "output" / each.name for each in single.iterdir()
+    } | {single.parent / "output" / "normconvert.json"}
+    assert torch.equal(load_file(single.parent / "output" / SINGLE)[name], torch.ones(3))
+    tensors(lambda stored: stored.update({name: torch.ones(3, dtype=torch.int8)}))(single)
+    shown = run_here("inspect", "llama", cwd=single.parent)
+    assert "\x1b" not in shown.out + shown.err
+
+
+class _Malicious:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("evil",)
+
+
+def test_a_pickle_is_not_opened(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither alone nor beside the weights."""
+    monkeypatch.chdir(single.parent)
+    torch.save({NORM: _Malicious()}, single / "pytorch_model.bin")
+    normconvert.convert(single, single.parent / "output")
+    normconvert.verify_equivalence(single, single.parent / "output")
+    shutil.rmtree(single.parent / "output")
+    (single / SINGLE).unlink()
+    assert_refused(single, "pytorch_model.bin", "safetensors")
+    assert not (single.parent / "evil").exists()
+    torch.load(single / "pytorch_model.bin", weights_only=False)
+    assert (single.parent / "evil").is_dir()  # it is malicious
 
 
 def test_a_config_without_architectures_falls_back_on_its_type(single: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "normconvert"
 SHARED = {"errors", "ir", "source"}
-MODELS = {"model_class", "model_inputs", "precision", "quiet", "torch_dtypes"}
+MODELS = {"model_class", "model_inputs", "model_size", "precision", "quiet", "torch_dtypes"}
 ALLOWED = {
     "errors": set[str](),
     "ir": {"ir"},
@@ -35,6 +35,7 @@ ALLOWED = {
     "bench": {*SHARED, "bench", "nn", "train", "verify", *MODELS},
     "model_class": {*SHARED, "nn"},
     "model_inputs": SHARED,
+    "model_size": SHARED,
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
@@ -50,6 +51,7 @@ TORCH = {
     "rewrite",
     "verify",
     "model_inputs",
+    "model_size",
     "precision",
     "processes",
     "torch_dtypes",

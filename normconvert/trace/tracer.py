@@ -25,6 +25,7 @@ from normconvert.model_inputs import (
     towers,
     trace_inputs,
 )
+from normconvert.model_size import of_the_size
 from normconvert.quiet import quiet
 from normconvert.trace.caches import forgetting
 from normconvert.trace.calls import NormCalls
@@ -110,7 +111,10 @@ def _trace(
 ) -> Graph:
     with quiet(), fake_tensors(), torch.no_grad():
         try:
-            model = build(model_class, config, torch.float32)
+            with of_the_size(checkpoint):
+                model = build(model_class, config, torch.float32)
+        except TraceError:
+            raise
         except Exception as error:  # a model class may raise anything on values it cannot use
             raise TraceError(
                 f"{checkpoint.folder / 'config.json'} does not describe a {model_class.__name__} "

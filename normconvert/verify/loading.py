@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from normconvert.errors import VerificationError, first_line
+from normconvert.errors import NormconvertError, VerificationError, first_line
 from normconvert.model_class import resolve
+from normconvert.model_size import of_the_size
 from normconvert.precision import computing_in
 from normconvert.verify.placement import IN_MEMORY, Placement, read_plainly
 
@@ -38,7 +39,7 @@ def load_model(
     model_class, config = resolve(checkpoint, trust_remote_code)
     place: Any = checkpoint.folder if tensors is None else None
     try:
-        with _making(dtype, placement):
+        with of_the_size(checkpoint), _making(dtype, placement):
             model, info = model_class.from_pretrained(
                 place,
                 config=config,
@@ -50,6 +51,8 @@ def load_model(
                 offload_folder=offload_folder,
                 output_loading_info=True,
             )
+    except NormconvertError:
+        raise
     except Exception as error:  # transformers and model code may raise anything
         raise VerificationError(
             f"transformers cannot load {checkpoint.folder}: {first_line(error)}."
