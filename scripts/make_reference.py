@@ -56,12 +56,18 @@ API_PARTS: Mapping[str, str] = {
     "The commands": "normconvert",
     "What they return": "normconvert.ir.report",
     "The plan": "normconvert.ir.plan",
+    "What bench measures": "normconvert.ir.bench",
     "Progress": "normconvert.ir.event",
     "The norms": "normconvert.nn",
     "Training": "normconvert.train",
 }
 _LEFT_OUT = frozenset({"ignore"})  # a default, of no use by itself
-_WORD_ROOMS = ("normconvert.api", "normconvert.ir.plan", "normconvert.ir.report")
+_WORD_ROOMS = (
+    "normconvert.api",
+    "normconvert.ir.plan",
+    "normconvert.ir.report",
+    "normconvert.ir.bench",
+)
 
 
 def cli_page() -> str:
@@ -95,7 +101,9 @@ def _cli_parameters(callback: Any) -> Iterator[_Parameter]:
     for parameter in inspect.signature(callback).parameters.values():
         kind, info = get_args(hints[parameter.name])
         if not isinstance(info, OptionInfo):
-            yield _Parameter(parameter.name.upper(), info.help or "", "", False)
+            name = parameter.name.upper()
+            signs = name if parameter.default is parameter.empty else f"[{name}]"
+            yield _Parameter(signs, info.help or "", "", False)
             continue
         # Typer takes the first name for a default until it reads the annotation.
         given = (info.default, *(info.param_decls or ()))

@@ -26,13 +26,16 @@ NOT_RUN = {
     "make test": "runs these tests",
     "pip install": "changes the environment",
     "normconvert push": "needs the Hub; test_push.py pushes to a local one",
+    "normconvert bench": "measures, for minutes; test_bench.py measures tiny models",
     "python scripts/bench_": "measures, for minutes",
+    "python scripts/make_model.py": "writes a model of the size that is measured",
 }
 """The commands that no test runs as they stand, by how they begin, and why."""
 
 PYTHON_ELSEWHERE = {
     "api.md": "signatures",
     "add-a-rewrite.md": "test_add_a_rewrite.py runs it",
+    "engines.md": "tests/engines run what it shows, where the engines are installed",
 }
 """The pages whose Python is not run here, and why."""
 
