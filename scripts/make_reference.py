@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from typer.models import OptionInfo
 
@@ -97,9 +97,8 @@ class _Parameter(NamedTuple):
 
 
 def _cli_parameters(callback: Any) -> Iterator[_Parameter]:
-    hints = get_type_hints(callback, include_extras=True)
-    for parameter in inspect.signature(callback).parameters.values():
-        kind, info = get_args(hints[parameter.name])
+    for parameter in inspect.signature(callback, eval_str=True).parameters.values():
+        kind, info = get_args(parameter.annotation)
         if not isinstance(info, OptionInfo):
             name = parameter.name.upper()
             signs = name if parameter.default is parameter.empty else f"[{name}]"
