@@ -25,9 +25,12 @@ NOT_RUN = {
     "make demo": "makes an environment; what it runs in it is run here",
     "make test": "runs these tests",
     "pip install": "changes the environment",
+    "export": "concerns two machines",
+    "accelerate launch": "wants several GPUs; test_processes.py launches processes",
     "normconvert push": "needs the Hub; test_push.py pushes to a local one",
     "normconvert bench": "measures, for minutes; test_bench.py measures tiny models",
     "python scripts/bench_": "measures, for minutes",
+    "python scripts/check_cost.py": "measures, for minutes",
     "python scripts/make_model.py": "writes a model of the size that is measured",
 }
 """The commands that no test runs as they stand, by how they begin, and why."""
@@ -150,7 +153,11 @@ def test_every_exception_is_used() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda each: each.command[:60])
 def test_every_command_exists(command: Shown) -> None:
     program, *arguments = command.words
-    options = {word.partition("=")[0] for word in arguments if word.startswith("-")}
+    if program == "accelerate":
+        place = arguments.index("-m")
+        assert _options(arguments[:place]) <= options_of_accelerate()
+        program, *arguments = arguments[place + 1 :]
+    options = _options(arguments)
     if program == "normconvert":
         assert options <= options_of(arguments[0])
     elif program == "python":
@@ -159,6 +166,17 @@ def test_every_command_exists(command: Shown) -> None:
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{arguments[0]}:", makefile, flags=re.MULTILINE)
+
+
+def _options(words: list[str]) -> set[str]:
+    return {word.partition("=")[0] for word in words if word.startswith("-")}
+
+
+def options_of_accelerate() -> set[str]:
+    """Those of `accelerate launch`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return {*launch_command_parser()._option_string_actions}
 
 
 def options_of(command: str) -> set[str]:
@@ -176,7 +194,8 @@ def test_every_option_in_the_text_exists(page: Path) -> None:
     for span in re.findall(r"`([^`\n]+)`", text):
         words = span.split()
         if words[0].startswith("--"):
-            assert words[0].partition("=")[0] in ours or f'"{words[0]}"' in scripts, span
+            known = words[0].partition("=")[0] in ours or f'"{words[0]}"' in scripts
+            assert known or words[0] in options_of_accelerate(), span
         elif words[0] == "normconvert" and len(words) > 1 and words[1][0].islower():
             assert {word for word in words[2:] if word.startswith("-")} <= options_of(words[1])
 
