@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import walk_packages
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from typer.models import OptionInfo
 
@@ -56,12 +56,18 @@ API_PARTS: Mapping[str, str] = {
     "The commands": "normconvert",
     "What they return": "normconvert.ir.report",
     "The plan": "normconvert.ir.plan",
+    "What bench measures": "normconvert.ir.bench",
     "Progress": "normconvert.ir.event",
     "The norms": "normconvert.nn",
     "Training": "normconvert.train",
 }
 _LEFT_OUT = frozenset({"ignore"})  # a default, of no use by itself
-_WORD_ROOMS = ("normconvert.api", "normconvert.ir.plan", "normconvert.ir.report")
+_WORD_ROOMS = (
+    "normconvert.api",
+    "normconvert.ir.plan",
+    "normconvert.ir.report",
+    "normconvert.ir.bench",
+)
 
 
 def cli_page() -> str:
@@ -91,11 +97,12 @@ class _Parameter(NamedTuple):
 
 
 def _cli_parameters(callback: Any) -> Iterator[_Parameter]:
-    hints = get_type_hints(callback, include_extras=True)
-    for parameter in inspect.signature(callback).parameters.values():
-        kind, info = get_args(hints[parameter.name])
+    for parameter in inspect.signature(callback, eval_str=True).parameters.values():
+        kind, info = get_args(parameter.annotation)
         if not isinstance(info, OptionInfo):
-            yield _Parameter(parameter.name.upper(), info.help or "", "", False)
+            name = parameter.name.upper()
+            signs = name if parameter.default is parameter.empty else f"[{name}]"
+            yield _Parameter(signs, info.help or "", "", False)
             continue
         # Typer takes the first name for a default until it reads the annotation.
         given = (info.default, *(info.param_decls or ()))

@@ -25,14 +25,20 @@ NOT_RUN = {
     "make demo": "makes an environment; what it runs in it is run here",
     "make test": "runs these tests",
     "pip install": "changes the environment",
+    "export": "concerns two machines",
+    "accelerate launch": "wants several GPUs; test_processes.py launches processes",
     "normconvert push": "needs the Hub; test_push.py pushes to a local one",
+    "normconvert bench": "measures, for minutes; test_bench.py measures tiny models",
     "python scripts/bench_": "measures, for minutes",
+    "python scripts/check_cost.py": "measures, for minutes",
+    "python scripts/make_model.py": "writes a model of the size that is measured",
 }
 """The commands that no test runs as they stand, by how they begin, and why."""
 
 PYTHON_ELSEWHERE = {
     "api.md": "signatures",
     "add-a-rewrite.md": "test_add_a_rewrite.py runs it",
+    "engines.md": "tests/engines run what it shows, where the engines are installed",
 }
 """The pages whose Python is not run here, and why."""
 
@@ -147,7 +153,11 @@ def test_every_exception_is_used() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda each: each.command[:60])
 def test_every_command_exists(command: Shown) -> None:
     program, *arguments = command.words
-    options = {word.partition("=")[0] for word in arguments if word.startswith("-")}
+    if program == "accelerate":
+        place = arguments.index("-m")
+        assert _options(arguments[:place]) <= options_of_accelerate()
+        program, *arguments = arguments[place + 1 :]
+    options = _options(arguments)
     if program == "normconvert":
         assert options <= options_of(arguments[0])
     elif program == "python":
@@ -156,6 +166,17 @@ def test_every_command_exists(command: Shown) -> None:
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{arguments[0]}:", makefile, flags=re.MULTILINE)
+
+
+def _options(words: list[str]) -> set[str]:
+    return {word.partition("=")[0] for word in words if word.startswith("-")}
+
+
+def options_of_accelerate() -> set[str]:
+    """Those of `accelerate launch`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    return {*launch_command_parser()._option_string_actions}
 
 
 def options_of(command: str) -> set[str]:
@@ -173,7 +194,8 @@ def test_every_option_in_the_text_exists(page: Path) -> None:
     for span in re.findall(r"`([^`\n]+)`", text):
         words = span.split()
         if words[0].startswith("--"):
-            assert words[0].partition("=")[0] in ours or f'"{words[0]}"' in scripts, span
+            known = words[0].partition("=")[0] in ours or f'"{words[0]}"' in scripts
+            assert known or words[0] in options_of_accelerate(), span
         elif words[0] == "normconvert" and len(words) > 1 and words[1][0].islower():
             assert {word for word in words[2:] if word.startswith("-")} <= options_of(words[1])
 
@@ -185,14 +207,29 @@ def _name(command: typer.models.CommandInfo) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        if target.startswith(("https://", "#")):
-            continue
-        path, _, anchor = target.partition("#")
-        assert (page.parent / path).exists(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), flags=re.M)
-            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    lost = [
+        each for each in targets if not each.startswith("https://") and not _is_there(page, each)
+    ]
+    assert not lost
+
+
+def _is_there(page: Path, target: str) -> bool:
+    """Whether the file is there, and the heading that comes after #."""
+    name, _, anchor = target.partition("#")
+    path = page.parent / name if name else page
+    if not anchor or not path.exists():
+        return path.exists()
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    plain = (re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings)
+    return anchor in plain
+
+
+def test_every_table_of_figures_carries_its_command() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for section in page.split("\n## ")[1:]:
+        if "\n|---" in section:
+            assert re.search(r"^\$ |`scripts/\w+\.py|`normconvert ", section, flags=re.M), section
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=named)
