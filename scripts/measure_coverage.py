@@ -22,10 +22,13 @@ def main() -> None:
     import tiny
 
     lines = document.known_lines()
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        for row in pool.map(_row, sys.argv[1:] or tiny.NAMES):
-            lines[row.name] = document.line(row)
-    document.PAGE.write_text(document.page(lines[name] for name in tiny.NAMES))
+    try:
+        with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+            for row in pool.map(_row, sys.argv[1:] or tiny.NAMES):
+                lines[row.name] = document.line(row)
+    finally:  # what was measured stays
+        rows = (lines[name] for name in tiny.NAMES if name in lines)
+        document.PAGE.write_text(document.page(rows))
 
 
 def _row(name: str) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -47,22 +46,36 @@ def for_images(model: PreTrainedModel, batch: int, length: int) -> tuple[str, ..
             for name, part in model.named_modules()
             if path.startswith(f"{name}." if name else "") and hasattr(part, "get_image_features")
         ]
-        recorder = Recorder()
-        recorder.computes = True
-        try:
-            with torch.device(model.device), forgetting(model), readable_numbers():
-                inputs = trace_inputs(tower, batch, length)
-                images = inputs[main_input(tower)]
-                with unset_fake_temporarily():
-                    sizes = torch.tensor([list(images.shape[-2:])] * batch)
-                known = {"image_grid_thw": inputs.get(GRID), "image_sizes": sizes}
-                taken = inspect.signature(parts[-1].get_image_features).parameters
-                given = {name: each for name, each in known.items() if name in taken}
-                with recorder:
-                    parts[-1].get_image_features(images, **given)
-        except Exception:  # foreign code, that may want more than the images
-            continue
-        read = {value for node in recorder.nodes for value in node.inputs}
-        named = model.named_parameters(remove_duplicate=False)
-        found |= {name for name, parameter in named if recorder.known(parameter) in read}
+        for sized in (False, True):  # some towers must be told, and others must not
+            recorder = Recorder()
+            recorder.computes = True
+            try:
+                _become_text(model, parts[-1], tower, recorder, (batch, length), sized=sized)
+            except Exception:  # foreign code, that may want more than the images
+                continue
+            read = {value for node in recorder.nodes for value in node.inputs}
+            named = model.named_parameters(remove_duplicate=False)
+            found |= {name for name, parameter in named if recorder.known(parameter) in read}
+            break
     return tuple(sorted(found))
+
+
+def _become_text(
+    model: PreTrainedModel,
+    part: Any,
+    tower: PreTrainedModel,
+    recorder: Recorder,
+    shape: tuple[int, int],
+    *,
+    sized: bool,
+) -> None:
+    """Record what `part` of `model` makes of the images that its `tower` reads."""
+    with torch.device(model.device), forgetting(model), readable_numbers():
+        inputs = trace_inputs(tower, *shape)
+        images = inputs[main_input(tower)]
+        given = {"image_grid_thw": inputs[GRID]} if GRID in inputs else {}
+        if sized:
+            with unset_fake_temporarily():  # the model's code must know the numbers
+                given["image_sizes"] = torch.tensor([list(images.shape[-2:])] * len(images))
+        with recorder:
+            part.get_image_features(images, **given)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from normconvert.rewrite import write
 from normconvert.settle import Request, settle
 from normconvert.source import Checkpoint, open_checkpoint
 from normconvert.trace import trace
+from normconvert.verify.decoding import stepwise_logits
 from normconvert.verify.loading import load_model
 from normconvert.verify.tokens import input_sets, tower_inputs
 
@@ -106,7 +108,10 @@ def measure(name: str, folder: Path, *, compare: bool = True) -> Row:
 def _run(
     checkpoint: Checkpoint, inputs: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """What the model of `checkpoint` computes of random inputs, in float64, and the inputs."""
+    """What the model of `checkpoint` computes of random inputs, in float64, and the inputs.
+
+    Of text, also of one beyond all windows, and token by token with a cache and padding.
+    """
     model = load_model(checkpoint, torch.float64, trust_remote_code=False)
     if inputs is None:
         sets, _ = input_sets(model, checkpoint, None, trust_remote_code=False)
@@ -116,10 +121,17 @@ def _run(
         }
     with torch.no_grad(), float64():
         outputs = [model(**inputs)]
-        outputs += [tower(**given) for tower, given in tower_inputs(model).values()]
+        for tower, given in tower_inputs(model).values():
+            with suppress(Exception):  # it needs more: it is not traced either
+                outputs.append(tower(**given))
     found = [getattr(output, "logits", output[0]) for output in outputs]
     pooled = [getattr(output, "pooler_output", None) for output in outputs]
     found += [each for each in pooled if each is not None]
+    if "input_ids" in inputs and "decoder_input_ids" not in inputs:
+        ids = inputs["input_ids"].repeat(1, 5)
+        for run in (lambda: model(ids).logits, lambda: stepwise_logits(model, ids)):
+            with torch.no_grad(), float64(), suppress(Exception):  # not so long, or no cache
+                found.append(run())
     return inputs, torch.cat([each.flatten() for each in found])
 
 

@@ -73,6 +73,8 @@ MORE_SIZES: Mapping[str, Any] = {
     "moe_shared_expert_intermediate_size": 46, "shared_experts_intermediate_size": 46,
     "nemo_conv_channels": 11, "ext_pw_out_channel": 54, "depthwise_separable_out_channel": 54,
     "num_blocks": 3, "d_kv": 10,
+    "indexer_n_heads": 3, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 6,
+    "indexer_compress_ratio": 3,
 }  # fmt: skip
 
 _LATENT: Mapping[str, Any] = {"num_key_value_heads": 9}  # every head has its own keys
@@ -93,8 +95,8 @@ _MAMBA: Mapping[str, Any] = {"mamba_n_heads": 9, "mamba_d_head": 12, "mamba_d_st
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite",
-         "glm_moe_dsa", "minicpm3", "youtu"),
+        ("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+         "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "youtu"),
         _LATENT,
     ),
     "Qwen2VLForConditionalGeneration": {
@@ -123,7 +125,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
                           "intermediate_size": 88, "image_size": 12, "patch_size": 3}},
     "Gemma3ForConditionalGeneration": {"mm_tokens_per_image": 25},
     "DINOv3ViTModel": {"hidden_size": 72},  # rotary embeddings of two dimensions
-    "bamba": _MAMBA,
+    "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "blt": {
         part: {"hidden_size": 54, "hidden_size_global": 54, "num_attention_heads": 9,
                "num_hidden_layers": 3, "intermediate_size": 88, **more}
@@ -149,6 +151,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "granitemoehybrid": {**_MAMBA, "shared_intermediate_size": 46,
                          "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "helium": {"head_dim": 6},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "longcat_flash": {**_LATENT, "ffn_hidden_size": 88, "expert_ffn_hidden_size": 34, "moe_topk": 3,
                       "zero_expert_num": 3, "head_dim": 6},
@@ -202,11 +205,18 @@ def config_of(model_type: str) -> PreTrainedConfig:
     return config_class(**{**_shrunk(config_class), **given})
 
 
+_LAYERS = SIZES["num_hidden_layers"]
+
+
 def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     declared = zoo._fields(config_class)
     sizes = {key: size for key, size in MORE_SIZES.items() if key in declared}
+    default = config_class()
+    for key in declared & {"layer_types", "mlp_layer_types"}:
+        kinds = list(dict.fromkeys(getattr(default, key) or ()))
+        if len(kinds) > 1:  # so few layers would have the first kind only
+            sizes[key] = [kinds[layer % len(kinds)] for layer in range(_LAYERS)]
     if config_class.sub_configs:
-        default = config_class()
         for key in config_class.sub_configs:
             nested = getattr(default, key, None)
             if isinstance(nested, PreTrainedConfig):
