@@ -118,8 +118,8 @@ OPTIONS = {
     "prmsnorm": {"--fraction", "--force"},
     "run": {"--model", "-o", "--output", "--dry-run", "--force"},
     "inspect": {
-        "--tied <keep|untie>", "--returns", "--revision", "--trust-remote-code", "--json",
-        "--debug",
+        "--tied <keep|untie>", "--returns", "--disk-speed", "--revision", "--trust-remote-code",
+        "--json", "--debug",
     },
     "verify-equivalence": {
         "--json", "--report", "--text", "--dtype <float64|float32|bfloat16|float16>", "--returns",

@@ -6,7 +6,9 @@ whole numbers and fractions and shares no code with `normconvert.rewrite`.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -791,3 +793,30 @@ class Sees(torch.nn.Module):
 def test_unknown_inputs_are_refused(model: Any, message: str) -> None:
     with pytest.raises(normconvert.TraceError, match=message):
         trace_inputs(model, 2, 7)
+
+
+@pytest.mark.parametrize("can", ["all of it", "a part", "nothing", "not here"])
+def test_what_the_kernel_does_not_copy(
+    can: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long unchanged runs are copied by the system as far as it does that; the rest is written."""
+    model = Path(__file__).parents[1] / "models" / "tiny-llama"
+    normconvert.convert(model, tmp_path / "expected", verify=False)
+    monkeypatch.setattr("normconvert.rewrite.writer.BLOCK_BYTES", 1 << 12)
+    copy, copied = os.copy_file_range, 0
+
+    def limited(source: int, target: int, count: int, *offsets: int) -> int:
+        nonlocal copied
+        if can == "not here":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        if can == "nothing" or (can == "a part" and copied):
+            return 0
+        count = copy(source, target, count if can == "all of it" else 1000, *offsets)
+        copied += count
+        return count
+
+    monkeypatch.setattr("os.copy_file_range", limited)
+    normconvert.convert(model, tmp_path / "output", verify=False)
+    assert (copied > 0) == (can in ("all of it", "a part"))
+    expected = (tmp_path / "expected" / "model.safetensors").read_bytes()
+    assert (tmp_path / "output" / "model.safetensors").read_bytes() == expected

@@ -43,15 +43,7 @@ def answer() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     processes = launched()
     try:
-        if processes.count == 1:
-            status = _run()
-        else:
-            processes.join()
-            status = processes.follow() if processes.rank else _run()
-            _ignore_signals()
-            processes.leave(status)
-    except NormconvertError as error:  # of joining
-        status = _fail(error.code, str(error)) if processes.first_to_tell() else 2
+        status = _run() if processes.count == 1 else _run_together(processes)
     except (Interrupted, ProcessLost):
         status = _broken_off(processes)
     raise SystemExit(status)
@@ -68,6 +60,18 @@ def _run() -> int:
     except (OSError, MemoryError) as error:
         return _fail("system", f"{str(error) or type(error).__name__}.")
     return 0
+
+
+def _run_together(processes: Processes) -> int:
+    """The exit status of the command line, in every process."""
+    try:
+        processes.join()
+    except NormconvertError as error:
+        return _fail(error.code, str(error)) if processes.first_to_tell() else 2
+    status = processes.follow() if processes.rank else _run()
+    _ignore_signals()
+    processes.leave(status)
+    return status
 
 
 def _broken_off(processes: Processes) -> int:

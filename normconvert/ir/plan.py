@@ -7,7 +7,7 @@ It is printed by `inspect`, saved beside the output as ``normconvert.json``, exe
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from normconvert.ir.expression import Expression, from_json, to_json
@@ -127,9 +127,15 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`; `from_json` is its exact inverse."""
-        data = asdict(self)
+        data = asdict(replace(self, edits=()))  # one by one: there may be very many
         data["edits"] = [
-            {**asdict(edit), "expression": to_json(edit.expression)} for edit in self.edits
+            {
+                "tensor": edit.tensor,
+                "dtype": edit.dtype,
+                "shape": edit.shape,
+                "expression": to_json(edit.expression),
+            }
+            for edit in self.edits
         ]
         data["config"] = dict(self.config)
         data["native"] = self.native and self.native.to_json()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
 from normconvert.ir.plan import Plan
@@ -53,8 +53,12 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
-        rmsnorm = self.rmsnorm and self.rmsnorm.to_json()
-        return {**asdict(self), "plan": self.plan.to_json(), "rmsnorm": rmsnorm}
+        plans = {
+            "plan": self.plan.to_json(),
+            "rmsnorm": self.rmsnorm and self.rmsnorm.to_json(),
+        }
+        flat = {field.name: getattr(self, field.name) for field in fields(self)}
+        return flat | plans | {"cost": asdict(self.cost)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
