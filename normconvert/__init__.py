@@ -23,13 +23,17 @@ from normconvert.registration import register
 
 if TYPE_CHECKING:
     from normconvert.api import convert, inspect, verify_equivalence
+    from normconvert.benchmark import bench
+    from normconvert.ir.bench import Bench, BenchOptions
     from normconvert.ir.plan import Plan, Verdict
     from normconvert.ir.report import Conversion, Equivalence, Inspection
-    from normconvert.push import push
+    from normconvert.publish import push
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bench",
+    "BenchOptions",
     "Conversion",
     "Equivalence",
     "Inspection",
@@ -42,6 +46,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "__version__",
+    "bench",
     "convert",
     "inspect",
     "push",
@@ -52,7 +57,10 @@ _HOMES = {
     "convert": "normconvert.api",
     "inspect": "normconvert.api",
     "verify_equivalence": "normconvert.api",
-    "push": "normconvert.push",
+    "bench": "normconvert.benchmark",
+    "push": "normconvert.publish",
+    "Bench": "normconvert.ir.bench",
+    "BenchOptions": "normconvert.ir.bench",
     "Plan": "normconvert.ir.plan",
     "Verdict": "normconvert.ir.plan",
     "Conversion": "normconvert.ir.report",

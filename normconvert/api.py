@@ -9,9 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from normconvert.cost import DISK_SPEED, estimate
+from normconvert.cost import DISK_SPEED
 from normconvert.errors import NormconvertError, PlanError, VerificationError
-from normconvert.ir.bench import Bench, BenchOptions
 from normconvert.ir.event import Event, Listener, ignore
 from normconvert.ir.report import Algebra, Certificate, Conversion, Equivalence, Inspection
 from normconvert.processes import ALONE, Processes
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from normconvert.ir.graph import Graph
     from normconvert.ir.plan import Dtype, Format, Plan, Tied
-    from normconvert.push import Upload
+    from normconvert.publish import Upload
     from normconvert.settle import Request
 
 Rewrite: TypeAlias = Literal["flashnorm", "rmsnorm", "crmsnorm", "prmsnorm"]
@@ -49,12 +48,13 @@ def inspect(
     Raises:
         NormconvertError: the checkpoint cannot be read or its model cannot be traced.
     """
+    from normconvert.inspection import inspection_of
     from normconvert.planner import REWRITES, make_plan
 
     checkpoint = _open(model, revision, model_class, _to_plan(trust_remote_code))
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
-    inspection = _inspection(graph, checkpoint, plan, disk_speed)
+    inspection = inspection_of(graph, checkpoint, plan, disk_speed)
     if not any(norm.kind == "layernorm" for norm in graph.norms):
         return inspection
     native = make_plan(graph, checkpoint, REWRITES["rmsnorm"], format="native", tied=tied)
@@ -106,6 +106,7 @@ def convert(
     Raises:
         NormconvertError: anything refused or wrong in the input; nothing was written.
     """
+    from normconvert.inspection import inspection_of
     from normconvert.rewrite import add_to_manifest, stage, write
     from normconvert.rewrite.folder import check_output
     from normconvert.settle import Request
@@ -136,7 +137,7 @@ def convert(
     checkpoint = _open(model, revision, model_class, extent)
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
     plan, base, unchanged = _plan(graph, checkpoint, request)
-    inspection = _inspection(graph, checkpoint, plan)
+    inspection = inspection_of(graph, checkpoint, plan)
     if unchanged or dry_run:
         status: Literal["unchanged", "planned"] = "unchanged" if unchanged else "planned"
         return Conversion(status=status, output=None, inspection=inspection, verification=None)
@@ -236,67 +237,6 @@ def verify_equivalence(
     return replace(report, notes=(*report.notes, *notes))
 
 
-def bench(
-    model: str | Path,
-    converted: str | Path | None = None,
-    options: BenchOptions | None = None,
-    *,
-    revision: str | None = None,
-    listen: Listener = ignore,
-) -> Bench:
-    """What the conversion of `model` buys on this machine: times, in turn with the original's.
-
-    And with the ceiling's, which is the original without its norms. Without `converted`, `model` is
-    converted for this in a temporary folder, in the native format and without verification: by
-    "rmsnorm" if it has LayerNorms that become RMSNorms, otherwise by "flashnorm".
-
-    Raises:
-        NormconvertError: one of them cannot be read, converted or run here.
-    """
-    from tempfile import TemporaryDirectory
-
-    from normconvert.bench import measure
-    from normconvert.settle import rules_done
-
-    options = options or BenchOptions()
-    trust = options.trust_remote_code
-    original = _open(model, revision, None)
-    graph = _graph(original, (), trust, listen)
-    if converted is not None:
-        other = _open(converted, None, None)
-        return measure(graph, original, other, rules_done(other), options, listen)
-    with TemporaryDirectory(prefix="normconvert-bench-") as folder:
-        done = convert(
-            model,
-            Path(folder, "converted"),
-            _fitting(graph, original),
-            format="native",
-            verify=False,
-            revision=revision,
-            trust_remote_code=trust,
-            listen=listen,
-        )
-        if done.output is None:
-            raise NormconvertError(
-                f"{model} is converted already; give the original first: normconvert bench "
-                f"ORIGINAL {model}."
-            )
-        other = _open(done.output, None, None)
-        report = measure(graph, original, other, rules_done(other), options, listen)
-    return replace(report, converted=None)
-
-
-def _fitting(graph: Graph, checkpoint: Checkpoint) -> Rewrite:
-    """The rewrite that changes what the norms of a checkpoint compute, if there is one."""
-    from normconvert.planner import REWRITES, make_plan
-
-    if any(norm.kind == "layernorm" for norm in graph.norms):
-        plan = make_plan(graph, checkpoint, REWRITES["rmsnorm"], format="native")
-        if plan.changed("rmsnorm"):
-            return "rmsnorm"
-    return "flashnorm"
-
-
 def default_output(model: str | Path, rewrite: str) -> Path:
     """./NAME-REWRITE, where NAME is the last part of the folder or Hub id."""
     path = local_path(model)
@@ -375,7 +315,7 @@ def _verified(
 
 
 def _upload(repo_id: str) -> Upload:
-    from normconvert.push import Upload
+    from normconvert.publish import Upload
 
     return Upload(repo_id)
 
@@ -419,42 +359,6 @@ def _acceptable(verification: Equivalence, plan: Plan) -> bool:
     certificate = verification.certificate
     approximate = bool(plan.changed("prmsnorm")) and certificate is not None and certificate.valid
     return verification.equivalent or approximate
-
-
-def _inspection(
-    graph: Graph, checkpoint: Checkpoint, plan: Plan, disk_speed: int = DISK_SPEED
-) -> Inspection:
-    from normconvert.planner import make_plan
-    from normconvert.settle import rules_done
-
-    tensors = checkpoint.tensors
-    format: Format = "stock" if plan.native is None else "native"
-    untied = (
-        make_plan(graph, checkpoint, plan.rules, format=format, tied="untie")
-        if graph.ties
-        else plan
-    )
-    return Inspection(
-        model=checkpoint.model,
-        commit=checkpoint.commit,
-        done=rules_done(checkpoint),
-        plan=plan,
-        total_tensors=len(tensors),
-        total_bytes=checkpoint.nbytes,
-        changed_tensors=len(plan.edits),
-        changed_bytes=sum(edit.nbytes for edit in plan.edits),
-        omitted_bytes=sum(tensors[name].nbytes for name in plan.omitted),
-        gain_bytes=sum(tensors[gain].nbytes for gain in {v.gain for v in plan.folded} if gain),
-        added_bytes=_growth(checkpoint, plan),
-        untied_bytes=_growth(checkpoint, untied),
-        cost=estimate(plan, checkpoint, disk_speed),
-    )
-
-
-def _growth(checkpoint: Checkpoint, plan: Plan) -> int:
-    stored = checkpoint.tensors
-    gone = {*plan.omitted, *(edit.tensor for edit in plan.edits if edit.tensor in stored)}
-    return sum(edit.nbytes for edit in plan.edits) - sum(stored[name].nbytes for name in gone)
 
 
 def _manifest(checkpoint: Checkpoint, plan: Plan, request: Request) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from torch import nn
 
 import zoo
 from command_line import Run, environment, nothing_written, run, run_here
-from normconvert.api import bench, convert
-from normconvert.bench import passes, report, rounds
-from normconvert.bench.models import removable, without_norms
-from normconvert.bench.norms import main_norm
-from normconvert.bench.training import step, trained
+from normconvert import bench, convert
+from normconvert.benchmark import passes, report, rounds
+from normconvert.benchmark.models import removable, without_norms
+from normconvert.benchmark.norms import main_norm
+from normconvert.benchmark.training import step, trained
 from normconvert.ir.bench import BenchOptions, Measurement, Quartiles, Timing
 from normconvert.source import open_checkpoint
 from normconvert.trace import trace

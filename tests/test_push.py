@@ -198,7 +198,7 @@ def test_a_name_that_is_taken(hub: Hub, converted: Path) -> None:
 def test_what_the_hub_answers(hub: Hub, converted: Path) -> None:
     """One process for all statuses; each is the answer to one request."""
     code = """import sys
-from normconvert.push import PushError, push
+from normconvert.publish import PushError, push
 for _ in range(int(sys.argv[2])):
     try:
         push(sys.argv[1], "me/x")

@@ -45,3 +45,16 @@ def test_any_order(order: str) -> None:
         [sys.executable, "-W", "error", "-c", ORDERS[order]], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_interface_stays_what_it_is_when_used() -> None:
+    """A function with the name of a room would turn into the module once the room is imported."""
+    code = """
+import importlib, pkgutil, normconvert
+for module in pkgutil.walk_packages(normconvert.__path__, "normconvert."):
+    if module.name != "normconvert.__main__":
+        importlib.import_module(module.name)
+for name in normconvert.__all__:
+    assert type(getattr(normconvert, name)).__name__ != "module", name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

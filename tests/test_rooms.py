@@ -12,6 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "normconvert"
 SHARED = {"errors", "ir", "source"}
 MODELS = {"model_class", "model_inputs", "model_size", "precision", "quiet", "torch_dtypes"}
+BENCHMARK = {"api", "benchmark", "nn", "planner", "settle", "trace", "train", "verify"}
+COMMANDS = {"api", "benchmark", "publish", "recipe"}
 ALLOWED = {
     "errors": set[str](),
     "ir": {"ir"},
@@ -25,24 +27,46 @@ ALLOWED = {
     "recipe": {"errors", "ir", "api"},
     "registration": {"models", "nn"},
     "models": {"models"},
-    "push": {*SHARED, "push"},
+    "publish": {*SHARED, "publish"},
     "nn": {"errors", "nn"},
     "trace": {*SHARED, "trace", *MODELS},
     "processes": {"errors", "ir"},
     "rewrite": {*SHARED, "processes", "rewrite", "torch_dtypes"},
     "verify": {*SHARED, "verify", *MODELS},
     "train": {"errors", "ir", "model_class", "nn", "rules", "trace"},
-    "bench": {*SHARED, "bench", "nn", "train", "verify", *MODELS},
+    "inspection": {"cost", "ir", "planner", "settle", "source"},
+    "benchmark": {
+        *SHARED,
+        "api",
+        "benchmark",
+        "planner",
+        "settle",
+        "trace",
+        "nn",
+        "train",
+        "verify",
+        *MODELS,
+    },
     "model_class": {*SHARED, "nn"},
     "model_inputs": SHARED,
     "model_size": SHARED,
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
-    "cli": {*SHARED, "cli", "api", "cost", "processes", "push", "recipe", "__init__"},
+    "cli": {
+        *SHARED,
+        "cli",
+        "api",
+        "benchmark",
+        "cost",
+        "processes",
+        "publish",
+        "recipe",
+        "__init__",
+    },
 }
 TORCH = {
-    "bench",
+    "benchmark",
     "models",
     "nn",
     "trace",
@@ -57,7 +81,7 @@ TORCH = {
     "torch_dtypes",
 }
 TRANSFORMERS = {
-    "bench",
+    "benchmark",
     "models",
     "nn",
     "trace",
@@ -105,7 +129,7 @@ def test_every_room_is_listed() -> None:
 
 def test_modules_stay_small() -> None:
     lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
-    assert lines.pop("modeling_normconvert.py") <= 600  # it travels alone, so all must be in it
+    assert lines.pop("modeling_normconvert.py") <= 900  # it travels alone, so all must be in it
     assert max(lines.values()) <= 400
 
 

@@ -370,7 +370,7 @@ def push(
     debug: Debug = False,
 ) -> None:
     """Publish a conversion on the Hub."""
-    from normconvert.push import push as publish
+    from normconvert.publish import push as publish
 
     url = publish(
         folder,

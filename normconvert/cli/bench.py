@@ -40,7 +40,7 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure what a conversion buys on this machine."""
-    from normconvert.api import bench as measure
+    from normconvert.benchmark import bench as measure
     from normconvert.cli.progress import progress
 
     if plot is not None:

@@ -76,6 +76,6 @@ def _show(report: Conversion, push: str | None, as_json: bool) -> None:
 
 
 def _push(folder: str, repo_id: str) -> str:
-    from normconvert.push import push as publish
+    from normconvert.publish import push as publish
 
     return publish(folder, repo_id)

@@ -13,12 +13,12 @@ import torch
 import transformers
 from torch import nn
 
-from normconvert.bench.claims import claims
-from normconvert.bench.models import load, nbytes, removable, without_norms
-from normconvert.bench.norms import main_norm, measure_deferred, measure_norms
-from normconvert.bench.passes import passing, prompt_length, reads_text, tasks
-from normconvert.bench.rounds import Stopwatch, measured
-from normconvert.bench.training import TOKENS, step, trained
+from normconvert.benchmark.claims import claims
+from normconvert.benchmark.models import load, nbytes, removable, without_norms
+from normconvert.benchmark.norms import main_norm, measure_deferred, measure_norms
+from normconvert.benchmark.passes import passing, prompt_length, reads_text, tasks
+from normconvert.benchmark.rounds import Stopwatch, measured
+from normconvert.benchmark.training import TOKENS, step, trained
 from normconvert.errors import BenchError, first_line
 from normconvert.ir.bench import CEILING, CONVERTED, ORIGINAL, Bench, Measurement, Task
 from normconvert.ir.event import Event, Listener

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from normconvert.bench.models import nbytes, without_norms
-from normconvert.bench.passes import inputs_of, random_ids, writes_text
-from normconvert.bench.rounds import Stopwatch, stopwatch
+from normconvert.benchmark.models import nbytes, without_norms
+from normconvert.benchmark.passes import inputs_of, random_ids, writes_text
+from normconvert.benchmark.rounds import Stopwatch, stopwatch
 from normconvert.errors import BenchError, NormconvertError
 from normconvert.ir.bench import CEILING, ORIGINAL
 from normconvert.train import as_crmsnorm, as_rmsnorm

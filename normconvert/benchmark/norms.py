@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from normconvert.bench.rounds import Stopwatch, measured, stopwatch
+from normconvert.benchmark.rounds import Stopwatch, measured, stopwatch
 from normconvert.nn import CRMSNorm, DeferredRMSNormLinear, PartialRMSNorm, RMSNorm, recenter
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from normconvert.bench.rounds import Stopwatch, stopwatch, synchronize
+from normconvert.benchmark.rounds import Stopwatch, stopwatch, synchronize
 from normconvert.model_inputs import main_input, main_shape, plain_inputs
 
 if TYPE_CHECKING:

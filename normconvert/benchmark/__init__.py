@@ -1,5 +1,5 @@
 """Bench: what a conversion buys on this machine, measured in turn with what it is compared to."""
 
-from normconvert.bench.report import measure
+from normconvert.benchmark.checkpoints import bench
 
-__all__ = ["measure"]
+__all__ = ["bench"]

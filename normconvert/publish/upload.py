@@ -39,7 +39,7 @@ def push(
     """Upload the converted checkpoint in `folder` to the Hub repository `repo_id`, in one commit.
 
     The repository is made if there is none (`private`: for you alone), and the branch `revision`
-    too. README.md becomes a model card; see `normconvert.push.card`. Without a `token`, that of
+    too. README.md becomes a model card; see `normconvert.publish.card`. Without a `token`, that of
     `hf auth login` or HF_TOKEN is used. A push that was broken off can be repeated: what the Hub
     has is not sent again. `unverified` publishes what was not verified, or is an approximation.
 
@@ -107,7 +107,7 @@ class Upload:
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        from normconvert.push.card import model_card
+        from normconvert.publish.card import model_card
 
         manifest = _manifest(folder)
         card = model_card(folder, manifest, self._repo_id).encode()
