@@ -31,6 +31,7 @@ NOT_RUN = {
     "normconvert bench": "measures, for minutes; test_bench.py measures tiny models",
     "python scripts/bench_": "measures, for minutes",
     "python scripts/check_cost.py": "measures, for minutes",
+    "python scripts/measure_": "measures, for minutes",
     "python scripts/make_model.py": "writes a model of the size that is measured",
 }
 """The commands that no test runs as they stand, by how they begin, and why."""
