@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -261,3 +262,11 @@ def texts(source: str) -> Iterator[str]:
             yield "".join(map(str, parts))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_name_of_the_package_exists(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for name in re.findall(r"`(normconvert(?:\.\w+)+)[`(]", text):
+        if not name.endswith(".json"):
+            assert pkgutil.resolve_name(name) is not None
