@@ -182,7 +182,10 @@ def _signature(member: Any) -> str:
     is_class = inspect.isclass(member)
     head = ("class " if is_class else "def ") + member.__name__
     if is_dataclass(member):
-        lines = [f"    {each.name}: {each.type}{_default(each.default)}" for each in fields(member)]
+        lines = [
+            f"    {each.name}: {_annotation(each.type)}{_default(each.default)}"
+            for each in fields(member)
+        ]
         return "\n".join([f"{head}:", *lines])
     function = member.__dict__.get("__init__") if is_class else member
     signature = inspect.signature(function) if function else inspect.Signature()
@@ -191,14 +194,18 @@ def _signature(member: Any) -> str:
         if each.kind is each.KEYWORD_ONLY and "*" not in words:
             words.append("*")
         if each.name not in ("self", "cls"):
-            annotation = each.annotation.replace("'", '"')
-            words.append(f"{each.name}: {annotation}{_default(each.default)}")
+            words.append(f"{each.name}: {_annotation(each.annotation)}{_default(each.default)}")
     returned = signature.return_annotation
     tail = "" if is_class else f" -> {returned}"
     line = f"{head}({', '.join(words)}){tail}"
     if len(line) <= _WIDTH:
         return line
     return "\n".join([f"{head}(", *(f"    {word}," for word in words), f"){tail}"])
+
+
+def _annotation(written: Any) -> str:
+    """With the quotation marks of the formatter, which formats the page too."""
+    return str(written).replace("'", '"')
 
 
 def _default(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -31,6 +32,7 @@ NOT_RUN = {
     "normconvert bench": "measures, for minutes; test_bench.py measures tiny models",
     "python scripts/bench_": "measures, for minutes",
     "python scripts/check_cost.py": "measures, for minutes",
+    "python scripts/measure_": "measures, for minutes",
     "python scripts/make_model.py": "writes a model of the size that is measured",
 }
 """The commands that no test runs as they stand, by how they begin, and why."""
@@ -260,3 +262,11 @@ def texts(source: str) -> Iterator[str]:
             yield "".join(map(str, parts))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_name_of_the_package_exists(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for name in re.findall(r"`(normconvert(?:\.\w+)+)[`(]", text):
+        if not name.endswith(".json"):
+            assert pkgutil.resolve_name(name) is not None
