@@ -48,8 +48,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.paused = False
         self.invents = invents
         self.computes = invents
-        self.asked, self.turned = 0, -1
         """Whether operations on known numbers, such as the sizes of images, are carried out."""
+        self.asked, self.turned = 0, -1
         self.most_nodes = math.inf
         """A pass that would need more is broken off: its code loops over what it is given."""
         self._stale: set[int] = set()
