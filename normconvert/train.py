@@ -52,6 +52,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
 
 from normconvert.errors import PlanError, TraceError
 from normconvert.ir.expression import (
@@ -80,8 +81,6 @@ from normconvert.rules.rmsnorm import rmsnorm
 from normconvert.trace import trace_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from normconvert.ir.graph import Graph
     from normconvert.rules.draft import Rule
 
@@ -170,6 +169,8 @@ def _parametrizations(module: nn.Module) -> list[tuple[str, parametrize.Parametr
 
 
 def _convert(model: Model, rules: tuple[Rule, ...]) -> Model:
+    if not isinstance(model, PreTrainedModel):
+        raise PlanError(f"{type(model).__name__} is no model of transformers; give one of these.")
     graph = trace_model(model, training=True)
     evaluation = trace_model(model, training=False)
     full_width: frozenset[str] = frozenset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -164,11 +165,16 @@ print(modeling._kernel() is not None)
 """
 
 
-def run(cache: Path, path: str | None = None) -> bool:
+def run(cache: Path, path: str | None = None, cwd: Path | None = None) -> bool:
     """Whether a new process has the kernel; it computes the norm either way."""
     environment = {"XDG_CACHE_HOME": str(cache), "PATH": path or os.environ["PATH"]}
     done = subprocess.run(
-        [sys.executable, "-c", COUNT], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", COUNT],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stderr == ""
     return done.stdout.strip() == "True"
@@ -196,8 +202,37 @@ def test_it_is_compiled_once(tmp_path: Path) -> None:
     assert run(tmp_path)
     (kept,) = (tmp_path / "normconvert").iterdir()
     assert run(tmp_path, path=nowhere)  # needs no compiler any more
-    kept.write_bytes(b"damaged")
-    assert not run(tmp_path)
+    whole = kept.read_bytes()
+    for damaged in (b"", b"damaged", whole[:5000], whole[:4096] + bytes(len(whole) - 4096)):
+        kept.write_bytes(damaged)
+        assert run(tmp_path)  # compiled again
+        assert kept.read_bytes() != damaged
+
+
+def test_it_is_not_kept_in_the_folder_one_is_in(tmp_path: Path) -> None:
+    assert run(Path("relative"), cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_with_a_small_stack() -> None:
+    norm, x = RMSNorm(2**16, EPS).bfloat16().requires_grad_(False), torch.randn(2, 2**16).bfloat16()
+    before, found = threading.stack_size(2**17), []
+    try:
+        thread = threading.Thread(target=lambda: found.append(norm(x)))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(before)
+    assert torch.equal(found[0], norm(x))
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_derivatives_forwards_are_those_backwards(rows: int) -> None:
+    norm = RMSNorm(8, EPS, gain=False, zero_mean=True)
+    x, tangent = recenter(torch.randn(rows, 8)), torch.randn(rows, 8)
+    _, forwards = torch.func.jvp(norm, (x,), (tangent,))
+    backwards = torch.func.jacrev(norm)(x).flatten(2).flatten(0, 1) @ tangent.flatten()
+    assert torch.allclose(forwards.flatten(), backwards, atol=1e-5)
 
 
 def test_where_nothing_can_be_kept(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ _POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 def writes_text(model: Any) -> bool:
     """Whether `model` is a decoder alone, which reads a prompt and then writes token by token."""
-    needed = ("input_ids", "past_key_values", "use_cache")
-    alone = all(_takes(model, name) for name in needed) and not _takes(model, "decoder_input_ids")
-    return alone and bool(model.can_generate())
+    cached = _takes(model, "cache") or _takes(model, "past_key_values")  # before transformers 5.24
+    alone = _takes(model, "input_ids") and not _takes(model, "decoder_input_ids")
+    return alone and cached and _takes(model, "use_cache") and bool(model.can_generate())
 
 
 def tasks(model: Any) -> tuple[Task, ...]:

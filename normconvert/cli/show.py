@@ -37,7 +37,7 @@ class Stdout(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-_LAYER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_LAYER = re.compile(r"(?<=\.)\d+\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +318,9 @@ def _why(report: Equivalence) -> str:
     worst = max(report.comparisons, key=_times_floor)
     if not report.differing_tensors:
         return "no tensor differs, and the logits " + (
-            "are the same." if report.equivalent else "differ: config.json must differ."
+            "are the same."
+            if report.equivalent
+            else "differ: the two configurations describe other models."
         )
     return (
         f"the logits differ by {_times_floor(worst):.2g} times the noise floor (up to 4 is "

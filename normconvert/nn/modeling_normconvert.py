@@ -18,6 +18,7 @@ import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -348,11 +349,12 @@ def _has_fast_layer_norm(x: torch.Tensor) -> bool:
 
     On the CPU it is one pass, RMSNorm is several. Never in float64, in which conversions are
     proven: a proof must see a real RMSNorm. Never with a gradient, from which LayerNorm would
-    take the mean: training must not depend on the device. Never in torch.jit's trace, which is
-    made with gradients and checked without.
+    take the mean, forwards or backwards: training must not depend on the device. Never in
+    torch.jit's trace, which is made with gradients and checked without.
     """
-    traced = not torch.compiler.is_compiling() and _traced() is not None
-    return x.is_cpu and x.dtype is not torch.float64 and not x.requires_grad and not traced
+    compiling = torch.compiler.is_compiling()
+    seen = not compiling and (_traced() is not None or forward_ad._current_level >= 0)
+    return x.is_cpu and x.dtype is not torch.float64 and not x.requires_grad and not seen
 
 
 def _has_fused_rms_norm(norm: RMSNorm, x: torch.Tensor) -> bool:
@@ -389,6 +391,7 @@ def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> to
 _KERNEL = r"""
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef __F16C__
 #include <immintrin.h>
@@ -396,7 +399,6 @@ _KERNEL = r"""
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 enum { LANES = 32 };  /* independent sums: no addition waits for the one before */
-enum { LONGEST = 1 << 16 };  /* a row in float32 has to fit onto a thread's stack */
 
 static void widen(const void *from, int64_t dtype, int64_t n, float *to) {
   const uint16_t *halves = from;
@@ -486,11 +488,11 @@ static void row(const struct form *form, const float *in, float *out, const floa
     for (int64_t i = 0; i < wide; i++) out[i] += bias[i];
 }
 
+/* From one row to another; `buffer` has room for a row in float32. */
 static void rows(const struct form *form, const char *x, char *y, const float *gain,
-                 const float *bias, int64_t first, int64_t last) {
+                 const float *bias, float *buffer, int64_t first, int64_t last) {
   const int64_t n = form->shape.n, wide = n + form->shape.adds, dtype = form->dtype;
   const int64_t bytes = dtype == FLOAT32 ? 4 : 2;
-  float buffer[dtype == FLOAT32 ? 1 : wide];
   for (int64_t i = first; i < last; i++) {
     const char *from = x + i * n * bytes;
     char *to = y + i * wide * bytes;
@@ -509,25 +511,34 @@ static void rows(const struct form *form, const char *x, char *y, const float *g
 int norm(const struct form *form, const void *x, void *y, const void *gain, const void *bias,
          int64_t n, int64_t count, int64_t threads) {
   const int64_t wide = n + form->shape.adds;
-  if (n != form->shape.n || n > LONGEST) return 0;
-  float g[gain ? wide : 1], b[bias ? wide : 1];
+  if (n != form->shape.n) return 0;
+  const int64_t kept = (gain != 0) + (bias != 0) + (form->dtype == FLOAT32 ? 0 : threads);
+  float *memory = kept ? malloc(kept * wide * sizeof *memory) : 0, *room = memory;
+  if (kept && !memory) return 0;
+  float *gains = 0, *biases = 0;
   if (gain) {
-    widen(gain, form->gain_dtype, wide, g);
-    for (int64_t i = 0; i < wide; i++) g[i] += (float)form->offset;
+    gains = room, room += wide;
+    widen(gain, form->gain_dtype, wide, gains);
+    for (int64_t i = 0; i < wide; i++) gains[i] += (float)form->offset;
   }
-  if (bias) widen(bias, form->bias_dtype, wide, b);
-  const float *gains = gain ? g : 0, *biases = bias ? b : 0;
-  if (threads <= 1) {
-    rows(form, x, y, gains, biases, 0, count);
+  if (bias) {
+    biases = room, room += wide;
+    widen(bias, form->bias_dtype, wide, biases);
+  }
+  if (threads == 1) {
+    rows(form, x, y, gains, biases, room, 0, count);
   } else {
 #pragma omp parallel for num_threads(threads)
     for (int64_t part = 0; part < threads; part++)
-      rows(form, x, y, gains, biases, count * part / threads, count * (part + 1) / threads);
+      rows(form, x, y, gains, biases, form->dtype == FLOAT32 ? 0 : room + part * wide,
+           count * part / threads, count * (part + 1) / threads);
   }
+  free(memory);
   return 1;
 }
 """
 _NARROW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernel numbers them
+_DIGEST = hashlib.sha256().digest_size
 _ONE_THREAD = 2**16  # fewer numbers are not worth another thread
 # What torch knows of a tensor whose numbers cannot be read as they lie there.
 _NOT_PLAIN = -1
@@ -586,18 +597,43 @@ def _kernel() -> Callable[..., int] | None:
     flags = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(["-march=x86-64-v3"] if x86 else [])]
     made_of = "\0".join([_KERNEL, platform.machine(), *flags])
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = Path(caches, "normconvert", f"norm-{key}.so")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    kept = caches / "normconvert" / f"norm-{key}.so"
     try:
-        library = ctypes.CDLL(str(kept)) if kept.is_file() else _compiled(flags, kept)
+        library = (_kept(kept) if caches.is_absolute() else None) or _compiled(flags, kept)
     except (OSError, subprocess.CalledProcessError):
         return None
     library.norm.argtypes = [ctypes.c_char_p] + [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
     return cast("Callable[..., int]", library.norm)
 
 
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """The kernel that `_keep` left there. A damaged one would end the process, so it is summed."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    whole = hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
+    return ctypes.CDLL(str(path)) if whole else None
+
+
+def _keep(library: str, path: Path) -> None:
+    """Leave the kernel for the next process, with a checksum behind it; or do not, if it fails."""
+    content = Path(library).read_bytes()
+    draft = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with open(number, "wb") as file:
+            file.write(content + hashlib.sha256(content).digest())
+        os.replace(draft, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(draft)
+
+
 def _compiled(flags: list[str], kept: Path) -> ctypes.CDLL:
-    """The kernel, fresh from the compiler; kept as the file `kept`, where that can be written.
+    """The kernel, fresh from the compiler, and kept as the file `kept`, if its place is known.
 
     It is linked without OpenMP: so it takes the threads of torch, whose library is loaded.
     """
@@ -609,14 +645,10 @@ def _compiled(flags: list[str], kept: Path) -> ctypes.CDLL:
             ["cc", "-shared", objects, "-o", library, "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True)
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            own = kept.with_name(f"{kept.name}.{os.getpid()}")
-            shutil.copyfile(library, own)
-            own.replace(kept)
-        except OSError:
-            pass
-        return ctypes.CDLL(library)
+        loaded = ctypes.CDLL(library)
+        if kept.is_absolute():
+            _keep(library, kept)
+        return loaded
 
 
 # Converted models. The part above is the norms; this part puts them into a stock model.

@@ -86,6 +86,11 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
         raise RewriteError(
             f"The output {output} {how} the source {source}; give another folder with --output."
         )
+    for path in source.rglob("*") if source.is_dir() else ():
+        if here in path.resolve().parents:
+            raise RewriteError(
+                f"{path} links into the output {output}; give another folder with --output."
+            )
     if not place.is_dir() or not os.access(place, os.W_OK):
         what = "cannot be written" if place.is_dir() else "is a file"
         raise RewriteError(f"{output} cannot be made: {place} {what}. Give another --output.")

@@ -44,7 +44,8 @@ def _called_once(graph: Graph) -> frozenset[str]:
 # only where the model does not hand them in, as it did in the trace.
 _WRITES_NOTHING = frozenset({
     "input_ids", "attention_mask", "position_ids", "position_embeddings", "past_key_values",
-    "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+    "cache", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "return_dict",
 })  # fmt: skip
 
 

@@ -89,7 +89,9 @@ def compare(
         generates = "AutoModelForCausalLM" in auto_classes(type(model), model.config)
         prompt, steps = tokens_to_step(model, sets)
         written = [None if prompt is None else continuation(model, prompt)]
-        if written[0] is None:  # it does not generate by itself
+        if prompt is not None and written[0] is None:
+            name = type(model).__name__
+            notes += (f"{name} does not generate by itself; token by token nothing was compared.",)
             prompt = steps = None
         reference, reference_states = run.outputs(model, sets, steps)
         before, sizes = _digests(model), shapes(model)
