@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-_PIECE = 2**20
+_PIECE = 2**17
 """Of how many weights noise is made at a time: in float64 that of a whole head is large."""
 
 
