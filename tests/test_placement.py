@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import normconvert
 import zoo
@@ -16,8 +20,10 @@ from command_line import run_here
 from normconvert.source import open_checkpoint
 from normconvert.verify import placement
 from normconvert.verify.loading import load_model
+from normconvert.verify.noise import perturbed
 
 MODELS = Path(__file__).parents[1] / "models"
+STATUS = Path("/proc/self/status")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +98,74 @@ def test_a_conversion_of_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.M
     conversion = normconvert.convert(MODELS / "tiny-llama", tmp_path / "output", "flashnorm")
     assert conversion.verification is not None
     assert conversion.verification.equivalent
+
+
+def test_the_command_needs_no_option_for_what_does_not_fit(
+    pairs: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = on_disk(monkeypatch, 10)
+    report = run_here("verify-equivalence", *pairs["tiny-llama"], "--json", "-", cwd=tmp_path)
+    assert report.json()["equivalent"]
+    assert shares[2:] == [1] * 5
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the kernel does not tell how much is not of files")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Loaded from disk, run, and run with noise: a few of its largest weights, not all of them."""
+    config = LlamaConfig(
+        vocab_size=16_000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        LlamaForCausalLM(config).save_pretrained(tmp_path)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    checkpoint = open_checkpoint(str(tmp_path))
+    place = placement.Placement(device_map={"": "disk"})
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    placement._give_back(0)
+    with most_memory() as taken, torch.no_grad():
+        model = load_model(
+            checkpoint, torch.float32, False, placement=place, offload_folder=str(tmp_path)
+        )
+        sizes = [4 * shape.numel() for shape in placement.shapes(model).values()]
+        for _ in range(3):
+            expected = model(ids).logits
+        noise = torch.Generator().manual_seed(0)
+        placement.replace_weights(
+            model, tuple(checkpoint.tensors), lambda _, t: perturbed(t, torch.bfloat16, noise)
+        )
+        assert 0 < (model(ids).logits - expected).abs().max() < 0.1
+    assert max(taken) < 5 * max(sizes) < 0.5 * sum(sizes)
+
+
+@contextmanager
+def most_memory() -> Iterator[list[int]]:
+    """The bytes that this process takes beside its files, more than before, again and again."""
+    taken: list[int] = []
+    done = threading.Event()
+
+    def anonymous() -> int:
+        line = next(each for each in STATUS.read_text().splitlines() if "RssAnon" in each)
+        return 1024 * int(line.split()[1])
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            taken.append(anonymous() - before)
+
+    before = anonymous()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield taken
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_the_options(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 
+_PIECE = 2**17
+"""Of how many weights noise is made at a time: in float64 that of a whole head is large."""
+
 
 def perturbed(
     weight: torch.Tensor, stored: torch.dtype, generator: torch.Generator
@@ -18,6 +21,16 @@ def perturbed(
     Where the weight's own dtype is no finer than `stored`, such noise would vanish in it; one
     weight in twelve then moves by a whole unit, which has the same variance.
     """
+    found = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    pieces = (torch.split(each.reshape(-1), _PIECE) for each in (weight, found))
+    for piece, place in zip(*pieces, strict=True):
+        place.copy_(_perturbed(piece, stored, generator))
+    return found
+
+
+def _perturbed(
+    weight: torch.Tensor, stored: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
     unit = unit_in_the_last_place(weight, stored)
     uniform = torch.rand(weight.shape, generator=generator, dtype=torch.float64)
     if torch.finfo(weight.dtype).eps < torch.finfo(stored).eps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import resource
 from collections import Counter
@@ -27,8 +28,10 @@ Weight: TypeAlias = "Callable[[str, torch.Tensor], torch.Tensor]"
 _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _SHARE = 0.6
 """Of the free memory, for weights: the rest is for what is being computed."""
-_IN_USE = 2
+_IN_USE = 3
 """The largest weights that are in memory besides, as they are read and used: mostly the head."""
+_give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
+"""glibc keeps most of what was freed, hundreds of megabytes where weights come and go."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +67,7 @@ def place(
             f"The memory limit {size!r} is no size; write one such as 8GiB."
         ) from error
     return Placement(
-        device_map=device_map or ("auto" if max_memory else None), max_memory=max_memory
+        device_map=device_map or ("auto" if max_memory else None), max_memory=max_memory or None
     )
 
 
@@ -216,6 +219,7 @@ class _Read(Mapping[str, torch.Tensor]):
         self._known, self._names, self._weight = known, names, weight
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        _give_back(0)
         with _disable_current_modes():
             value = self._known[name]
             return self._weight(name, value) if name in self._names else value
