@@ -78,7 +78,7 @@ def at_hand(
         SourceError: it cannot be fetched.
     """
     here = [each for each in checkpoint.shards if each.path.is_file()]
-    if len(here) == len(checkpoint.shards):
+    if checkpoint.commit is None or len(here) == len(checkpoint.shards):
         yield checkpoint
         return
     with TemporaryDirectory(dir=folder, prefix="source-") as name:
