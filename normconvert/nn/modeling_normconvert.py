@@ -480,10 +480,11 @@ static void row(const struct form *form, const float *in, float *out, const floa
   sums(in, shape->used, &sum, &squares);
   if (shape->lacks) squares += sum * sum;
   const float inverse = 1 / sqrtf(squares / shape->size + (float)form->eps);
-  for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse;
-  if (shape->adds) out[n] = -sum * inverse;
   if (gain)
-    for (int64_t i = 0; i < wide; i++) out[i] *= gain[i];
+    for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse * gain[i];
+  else
+    for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse;
+  if (shape->adds) out[n] = -sum * inverse * (gain ? gain[n] : 1);
   if (bias)
     for (int64_t i = 0; i < wide; i++) out[i] += bias[i];
 }
