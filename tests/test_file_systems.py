@@ -211,6 +211,36 @@ def test_a_source_that_does_not_stay(
     assert content(tmp_path / "output") == before
 
 
+def test_a_source_that_changes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size stays, its bytes do not: the output would be of both."""
+    spans = writer._write_spans
+
+    def write_spans(*given: Any) -> int:
+        data = (model / WEIGHTS).read_bytes()
+        (model / WEIGHTS).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return spans(*given)
+
+    monkeypatch.setattr(writer, "_write_spans", write_spans)
+    with pytest.raises(normconvert.RewriteError) as caught:
+        normconvert.convert(model, tmp_path / "output", verify=False)
+    assert_sentence(str(caught.value), str(model), "changed while it was read")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_source_that_links_into_the_output(model: Path, tmp_path: Path) -> None:
+    """To replace the output would be to replace the source."""
+    normconvert.convert(model, tmp_path / "output", verify=False)
+    before = content(tmp_path / "output")
+    (model / WEIGHTS).unlink()
+    (model / WEIGHTS).symlink_to(tmp_path / "output" / WEIGHTS)
+    with pytest.raises(normconvert.RewriteError) as caught:
+        normconvert.convert(model, tmp_path / "output", verify=False, force=True)
+    assert_sentence(str(caught.value), str(model / WEIGHTS), "links into the output")
+    assert content(tmp_path / "output") == before
+
+
 @pytest.mark.parametrize("force", [False, True], ids=["first", "force"])
 def test_two_conversions_into_one_output(force: bool, model: Path, tmp_path: Path) -> None:
     """Another process begins and ends while this one writes: each output is whole, or refused."""
