@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -190,8 +191,13 @@ def _does_what_was_asked(plan: Plan, request: Request) -> bool:
 
 
 def _why_not(plan: Plan, rewrite: str) -> str:
+    """The reason that most of the norms share, of the LayerNorms if there are any."""
     kept = plan.kept(rewrite)
     if not kept:
         return f"{plan.model} has none that is known."
-    first = next((verdict for verdict in kept if verdict.kind == "layernorm"), kept[0])
-    return f"{first.norm} is kept because {first.reason} (of {len(kept)} norms)."
+    kept = tuple(verdict for verdict in kept if verdict.kind == "layernorm") or kept
+    reasons = Counter(starred(verdict.reason) for verdict in kept)
+    reason, count = reasons.most_common(1)[0]
+    first = next(verdict for verdict in kept if starred(verdict.reason) == reason)
+    share = f"as {count} of {len(kept)} are" if count > 1 else f"one of {len(kept)}"
+    return f"{first.norm} is kept, {share}, because {first.reason}."

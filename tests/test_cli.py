@@ -485,6 +485,8 @@ def test_the_page(converted: Path, originals: Path, tmp_path: Path) -> None:
                 "<h1 class='good'>Equivalent",
                 "Certificate: valid",
                 "7 rewritten norms",
+                "perplexity, original",
+                "up to 4 is equivalent",
                 "all of 16 tokens are the same",
             ],
         ),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from normconvert.cli.verdict import certified, rows, why
 from normconvert.ir.report import Comparison, Equivalence, Generation, Layer
 
 _STYLE = """
@@ -31,6 +32,7 @@ def page(report: Equivalence) -> str:
         f"<h1 class='{'good' if good else 'bad'}'>{verdict}</h1>",
         f"<p><code>{escape(report.original)}</code> and <code>{escape(report.converted)}</code>, "
         f"computed in {report.dtype}</p>",
+        f"<p>{verdict}: {escape(why(report))}</p>" if report.comparisons else "",
         _parting(report),
         _certificate(report),
         _algebra(report),
@@ -65,13 +67,7 @@ def _certificate(report: Equivalence) -> str:
     if certificate is None:
         return "<h2>Certificate</h2><p>None: nothing says how this checkpoint was converted.</p>"
     if certificate.valid:
-        line = (
-            f"{certificate.rewritten} tensors are exactly what the plan makes of the original, "
-            f"rounded once; {certificate.copied} tensors and {certificate.files} files are the "
-            f"original's, byte for byte; {certificate.undecided} elements are too near to a tie "
-            "to tell."
-        )
-        return f"<h2 class='good'>Certificate: valid</h2><p>{line}</p>"
+        return f"<h2 class='good'>Certificate: valid</h2><p>{certified(certificate)}</p>"
     rows = "".join(
         f"<tr><td><code>{escape(problem.place)}</code></td><td>{escape(problem.what)}</td></tr>"
         for problem in certificate.problems
@@ -98,21 +94,12 @@ def _algebra(report: Equivalence) -> str:
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> str:
-    rows = (
-        ("positions", [f"{each.positions:,}" for each in comparisons]),
-        ("largest difference", [f"{each.max:.2e}" for each in comparisons]),
-        ("noise floor", [f"{each.floor_max:.2e}" for each in comparisons]),
-        ("RMS difference", [f"{each.rms:.2e}" for each in comparisons]),
-        ("noise floor", [f"{each.floor_rms:.2e}" for each in comparisons]),
-        ("KL divergence", [f"{each.kl:.2e}" for each in comparisons]),
-        ("same top token", [f"{each.top1:.2%}" for each in comparisons]),
-    )
     head = "".join(f"<th>{escape(each.tokens)}</th>" for each in comparisons)
     body = "".join(
         f"<tr><th>{name}</th>"
         + "".join(f"<td class='number'>{cell}</td>" for cell in cells)
         + "</tr>"
-        for name, cells in rows
+        for name, cells in rows(comparisons)
     )
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
 

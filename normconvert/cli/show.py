@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,11 @@ from rich.table import Table
 
 from normconvert.cli.amounts import duration as _duration
 from normconvert.cli.amounts import size as _size
+from normconvert.cli.verdict import certified, rows, why
 from normconvert.ir.plan import Plan, Verdict
 from normconvert.ir.report import (
     Algebra,
     Certificate,
-    Comparison,
     Conversion,
     Cost,
     Equivalence,
@@ -218,29 +217,14 @@ def show_equivalence(report: Equivalence) -> None:
     table.add_column("")
     for comparison in report.comparisons:
         table.add_column(comparison.tokens, justify="right")
-    rows: tuple[tuple[str, Callable[[Comparison], str]], ...] = (
-        ("positions", lambda c: f"{c.positions:,}"),
-        ("largest difference", lambda c: f"{c.max:.2e}"),
-        ("  noise floor", lambda c: f"{c.floor_max:.2e}"),
-        ("RMS difference", lambda c: f"{c.rms:.2e}"),
-        ("  noise floor", lambda c: f"{c.floor_rms:.2e}"),
-        ("KL divergence", lambda c: f"{c.kl:.2e}"),
-        ("same top token", lambda c: f"{c.top1:.2%}"),
-    )
-    if any(comparison.perplexity for comparison in report.comparisons):
-        rows = (
-            *rows,
-            ("perplexity, original", lambda c: _perplexity(c, 0)),
-            ("  converted", lambda c: _perplexity(c, 1)),
-        )
-    for name, cell in rows:
-        table.add_row(name, *(cell(comparison) for comparison in report.comparisons))
+    for name, cells in rows(report.comparisons):
+        table.add_row(name, *cells)
     console.print(table)
     if report.generation is not None:
         _show_generation(console, report.generation)
     _show_notes(console, report.notes)
     verdict = "[green]Equivalent[/]" if report.equivalent else "[red]Not equivalent[/]"
-    console.print(f"{verdict}: {_why(report)}", soft_wrap=True)
+    console.print(f"{verdict}: {why(report)}", soft_wrap=True)
     if report.parts_at is not None:
         layer = next(layer for layer in report.layers if layer.module == report.parts_at)
         console.print(
@@ -267,18 +251,11 @@ def _show_generation(console: Console, generation: Generation) -> None:
 
 def _show_certificate(console: Console, certificate: Certificate) -> None:
     if certificate.valid:
-        line = (
-            f"Certificate: {certificate.rewritten} tensors are exactly what the plan makes of the "
-            f"original, rounded once; {certificate.copied} tensors and {certificate.files} files "
-            "are the original's, byte for byte."
-        )
-        if certificate.undecided:
-            line += f" ({certificate.undecided} elements lie too near to a tie to tell.)"
-        console.print(line, soft_wrap=True)
+        console.print(f"Certificate: {certified(certificate)}", soft_wrap=True)
         return
     count = certificate.problem_count
-    things = "one thing is" if count == 1 else f"{count} things are"
-    console.print(f"[red]No certificate[/]: {things} not as the plan says.", soft_wrap=True)
+    what = "one thing is" if count == 1 else f"{count} things are"
+    console.print(f"[red]No certificate[/]: {what} not as the plan says.", soft_wrap=True)
     for problem in certificate.problems:
         console.print(f"  [red]{escape(problem.place)}[/]: {escape(problem.what)}", soft_wrap=True)
     if count > len(certificate.problems):
@@ -302,38 +279,6 @@ def _show_algebra(console: Console, algebra: Algebra) -> None:
             f"read by {escape(', '.join(first.readers))}.",
             soft_wrap=True,
         )
-
-
-def _perplexity(comparison: Comparison, which: int) -> str:
-    return f"{comparison.perplexity[which]:.4g}" if comparison.perplexity else ""
-
-
-def _why(report: Equivalence) -> str:
-    if any(math.isnan(comparison.max) for comparison in report.comparisons):
-        return "some of the logits are not numbers."
-    if report.certificate is not None and not report.certificate.valid:
-        return "the converted checkpoint is not what its plan makes of the original."
-    if report.algebra is not None and not report.algebra.valid:
-        return "a rewritten norm and what reads it compute something else before rounding."
-    worst = max(report.comparisons, key=_times_floor)
-    if not report.differing_tensors:
-        return "no tensor differs, and the logits " + (
-            "are the same."
-            if report.equivalent
-            else "differ: the two configurations describe other models."
-        )
-    return (
-        f"the logits differ by {_times_floor(worst):.2g} times the noise floor (up to 4 is "
-        f"equivalent), which is what rounding the {report.differing_tensors} differing tensors "
-        "does to the original."
-    )
-
-
-def _times_floor(comparison: Comparison) -> float:
-    pairs = ((comparison.max, comparison.floor_max), (comparison.rms, comparison.floor_rms))
-    return max(
-        found / floor if floor else float(found > 0) * float("inf") for found, floor in pairs
-    )
 
 
 def _grouped(
