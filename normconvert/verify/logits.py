@@ -40,6 +40,8 @@ from normconvert.verify.placement import (
 from normconvert.verify.tokens import input_sets, tower_inputs, unlike_tokenizers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from normconvert.source import Checkpoint
 
 _FLOOR_RUNS, _MOST_FLOOR_RUNS = 3, 12
@@ -102,6 +104,7 @@ def compare(
         _refuse_other_shapes(reference, candidate)
         after = _digests(model)
         resized = any(sizes.get(name, shape) != shape for name, shape in shapes(model).items())
+        became = {} if resized else _vectors(model)
         del model
         differing = _differing(before, after)
         unlike: tuple[str, ...] = ()
@@ -115,7 +118,7 @@ def compare(
                 break
             model = run.load(converted if resized else original)
             moving = _differing(after, before) if resized else differing
-            replace_weights(model, moving, partial(_noisy, original, converted, seed))
+            replace_weights(model, moving, partial(_noisy, original, converted, became, seed))
             moved, moved_states = run.outputs(model, sets, steps)
             floors.append(output_distances(candidate if resized else reference, moved))
             base = states if resized else reference_states
@@ -276,10 +279,24 @@ def _differing(before: dict[str, bytes], after: dict[str, bytes]) -> tuple[str, 
     return tuple(sorted(name for name in before if after.get(name) != before[name]))
 
 
+def _vectors(model: Any) -> dict[str, torch.Tensor]:
+    """What may take the place of a bias of 0; gains that were set to 1 were not rounded."""
+    found = {name: each.cpu().clone() for name, each in weights(model) if each.ndim == 1}
+    return {name: each for name, each in found.items() if (each != 1).any()}
+
+
 def _noisy(
-    original: Checkpoint, converted: Checkpoint, seed: int, name: str, tensor: torch.Tensor
+    original: Checkpoint,
+    converted: Checkpoint,
+    became: Mapping[str, torch.Tensor],
+    seed: int,
+    name: str,
+    tensor: torch.Tensor,
 ) -> torch.Tensor:
-    """The tensor `name` of a model, perturbed within the rounding of its coarsest dtype."""
+    """The tensor `name` of a model, perturbed within the rounding of its coarsest dtype.
+
+    `became` has the vectors of the converted model, or none if that is the model.
+    """
     if not tensor.is_floating_point():
         return tensor
     stored = (_stored(checkpoint, name) for checkpoint in (original, converted))
@@ -287,7 +304,8 @@ def _noisy(
     # The same whenever it is read, and of its own for every tensor.
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    return perturbed(tensor.cpu(), coarsest, generator).to(tensor.device)
+    noisy = perturbed(tensor.cpu(), coarsest, generator, became.get(name))
+    return noisy.to(tensor.device)
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> torch.dtype:
