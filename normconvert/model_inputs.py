@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,6 +161,57 @@ def optional_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str
         patch = _setting(model, "patch_size")
         patches = (height // patch) * (width // patch)
         found["bool_masked_pos"] = torch.zeros(batch, patches, dtype=torch.bool)
+    return found
+
+
+def inputs_in_use(
+    model: PreTrainedModel,
+    length: int,
+    cache: Mapping[str, Any] = MappingProxyType({}),
+    states: Any = None,
+) -> dict[str, Any]:
+    """What one text is read with in use: a mask, and a cache that takes up what is read.
+
+    Without a `cache` that is the whole text of `length` tokens, then one more token. `states` are
+    those of the encoder, if there is one and they are known.
+    """
+    count = 1 if cache else length
+    inputs = trace_inputs(model, 1, count)
+    accepted = _accepted(model)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = True
+    if "attention_mask" in accepted and main_input(model) == "input_ids":
+        alone = bool(cache) and "decoder_input_ids" not in accepted
+        with unset_fake_temporarily():  # the model's code must know the numbers
+            inputs["attention_mask"] = torch.ones(1, length + alone, dtype=torch.int64)
+    if cache and "position_ids" in inputs:
+        inputs["position_ids"] = inputs["position_ids"] + length
+    if cache and states is not None and "encoder_outputs" in accepted:
+        inputs["encoder_outputs"] = (states,)
+    return {**inputs, **cache}
+
+
+def handed_back(model: PreTrainedModel, output: Any) -> dict[str, Any]:
+    """What `model` gave back in `output` that it takes as well: its cache, by whatever name."""
+    accepted = _accepted(model)
+    if not isinstance(output, Mapping) or "use_cache" not in accepted:
+        return {}
+    taken = (name for name in output if name in accepted)
+    return {name: output[name] for name in taken if output[name] is not None}
+
+
+def all_wanted(model: PreTrainedModel, logits: tuple[int | str, ...]) -> dict[str, Any]:
+    """Labels, zeros, for one of the `logits`, and flags for all that a model can return besides."""
+    parameters = inspect.signature(model.forward).parameters
+    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    found: dict[str, Any] = {
+        name: True
+        for name in ("output_attentions", "output_hidden_states")
+        if any_name or name in parameters
+    }
+    sizes = [size for size in logits[1:-1] if isinstance(size, int)]
+    if "labels" in parameters and len(sizes) == len(logits) - 2:
+        found["labels"] = torch.zeros(1, *sizes, dtype=torch.int64)
     return found
 
 

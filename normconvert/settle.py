@@ -113,7 +113,7 @@ def _running(plan_with: Callable[..., Plan], checkpoint: Checkpoint) -> Plan:
 def _failure(plan: Plan, checkpoint: Checkpoint) -> TraceError | None:
     with TemporaryDirectory() as folder:
         try:
-            graph = trace(preview(plan, checkpoint, Path(folder)), long=False)
+            graph = trace(preview(plan, checkpoint, Path(folder)), further=False)
         except TraceError as error:
             return error
     assert plan.native is not None

@@ -281,7 +281,7 @@ def test_gains_get_the_twins_identity_and_biases_of_zero_go(
 def side(models: Callable[[str], Path]) -> Side:
     """What an OLMo computes."""
     checkpoint = open_checkpoint(str(models("olmo")))
-    graph = trace(checkpoint, long=False)
+    graph = trace(checkpoint, further=False)
     config = AutoConfig.from_pretrained(checkpoint.folder)
     found = constants(skeleton(transformers.OlmoForCausalLM, config), graph)
     return Side(graph=graph, constants=found)

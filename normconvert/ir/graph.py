@@ -8,6 +8,7 @@ other, so whatever is proved on the graph is proved in the checkpoint's own name
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -123,7 +124,8 @@ class Graph:
     """A traced model. See the module's docstring.
 
     `outputs` are those of the first pass, `other_outputs` the same ones of each further pass: on a
-    long input, or on another way through the model's code.
+    long input, or on another way through the model's code. `passes` are the first node of each
+    such pass, and what is other in it.
     `auto_classes` are transformers' classes that load it. `open_biases` maps the weight of each
     Linear without a bias to the name that a bias would have, in the model and on disk. `tie_key`
     is the key of config.json that says whether parameters are tied. `towers` are what parts of the
@@ -146,6 +148,7 @@ class Graph:
     open_biases: tuple[tuple[str, str], ...]
     tie_key: str = "tie_word_embeddings"
     other_outputs: tuple[tuple[tuple[str, int], ...], ...] = ()
+    passes: tuple[tuple[int, str], ...] = ()
     towers: tuple[tuple[str, int], ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
     for_images: tuple[str, ...] = ()
@@ -182,6 +185,16 @@ class Graph:
             for name, value in outputs
         )
         return self.outputs + others + self.towers
+
+    def where(self, position: int) -> str:
+        """The module that runs the node at `position`; in a further pass, also what is other."""
+        module = self.nodes[position].module or self.model
+        at = self.pass_of(position)
+        return f"{module} {self.passes[at - 1][1]}" if at else module
+
+    def pass_of(self, position: int) -> int:
+        """The number of the pass that has the node at `position`; 0 is the first one."""
+        return bisect_right(self.passes, position, key=lambda each: each[0])
 
     @cached_property
     def leaf_names(self) -> dict[int, str]:

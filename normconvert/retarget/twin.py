@@ -47,7 +47,7 @@ def retarget(plan: Plan, checkpoint: Checkpoint, target: str) -> tuple[Plan, Che
     with TemporaryDirectory() as folder:
         before = preview(plan, checkpoint, Path(folder))
         source_class, source_config = resolve(before, trust_remote_code=False)
-        graph = trace(before, long=False)
+        graph = trace(before, further=False)
     source = Side(
         graph=graph,
         constants=constants(skeleton(source_class, source_config), graph),
@@ -237,7 +237,7 @@ def _traced(
     twin: Plan, base: Checkpoint, folder: Path, missing: Mapping[str, tuple[int, ...]]
 ) -> Graph:
     try:
-        return trace(preview(twin, base, folder), long=False)
+        return trace(preview(twin, base, folder), further=False)
     except TraceError as error:
         if matrices := [name for name, shape in missing.items() if len(shape) != 1]:
             raise PlanError(f"it has no tensor {matrices[0]!r}") from error

@@ -117,7 +117,7 @@ def _read_outside(graph: Graph, tensor: str, norms: tuple[Norm, ...]) -> str | N
     for position in [end.node for end in ends.contractions] + [end.node for end in ends.stops]:
         node = graph.nodes[position]
         if position < 0 or node.op != "norm" or node.module not in modules:
-            return node.module or graph.model
+            return graph.where(position)
     return None
 
 

@@ -48,7 +48,7 @@ def find_readers(
     indices: dict[str, Sequence[int]] = {}
     axes: dict[str, int] = {}
     for contraction in ends.contractions:
-        where = graph.nodes[contraction.node].module
+        where = graph.where(contraction.node)
         parts = origins.of(contraction.other)
         if parts is None:
             return Obstacle(f"it is multiplied with another activation in {where}", known)
@@ -76,9 +76,9 @@ def reader_outside(
     ends = follow(graph, {value: track}, parts=True)
     for contraction in ends.contractions:
         if (contraction.node, contraction.operand) not in allowed:
-            return graph.nodes[contraction.node].module or graph.model
+            return graph.where(contraction.node)
     for stop in ends.stops:
-        return graph.nodes[stop.node].module or graph.model
+        return graph.where(stop.node)
     return None
 
 

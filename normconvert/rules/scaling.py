@@ -196,7 +196,7 @@ class Step:
 
     def _described(self) -> str:
         node = self.node
-        where = node.module or self.graph.model
+        where = self.graph.where(self.position)
         if node.op == "norm":
             return f"it is read by the norm {node.module}"
         if node.op in ("add", "sub") and all(value in self.tracks for value in node.inputs):
@@ -234,7 +234,9 @@ class Step:
             across = track is None or track is known
         whole = all(other == known for other in tracks)
         if track is None or (across and not whole and not self.parts):
-            return self._stop(f"it is joined with another tensor in {node.module}")
+            return self._stop(
+                f"it is joined with another tensor in {self.graph.where(self.position)}"
+            )
         return {node.outputs[0]: track}
 
     def _multiply(self, scaled: list[int]) -> dict[int, Track]:
@@ -283,7 +285,7 @@ class Step:
         if any(inputs[i] not in operands for i in scaled):
             return self._stop()  # the tensor that addmm and baddbmm add
         if operands[0] == operands[1] or len(scaled) > 1:
-            return self._stop(f"it is multiplied with itself in {node.module}")
+            return self._stop(f"it is multiplied with itself in {self.graph.where(self.position)}")
         side = operands.index(inputs[scaled[0]])
         value, other = operands[side], operands[1 - side]
         track = self._track(scaled[0])

@@ -294,7 +294,7 @@ def obstacles(
 
 def _stop(graph: Graph, position: int) -> Stop:
     node = graph.nodes[position]
-    where = node.module or graph.model
+    where = graph.where(position)
     if node.op == "norm":
         return Stop(position, f"it is read by {where}, which is no LayerNorm over its features")
     if node.op in PRODUCTS:

@@ -223,22 +223,24 @@ class _Finder:
         node = self._graph.nodes[position]
         if node.op == "norm":
             return f"the norm {node.module}"
-        return f"{node.op} in {node.module or self._graph.model}"
+        return f"{node.op} in {self._graph.where(position)}"
 
     def _read_elsewhere(self, vector: str) -> str | None:
-        """Where a LayerScale vector is read besides one multiplication."""
-        value, readers = self._graph.leaf_values[vector], []
-        waiting = [value]
+        """Where a LayerScale vector is read besides one multiplication in each pass."""
+        graph, readers = self._graph, dict[int, int]()
+        scaled = {value for value, shift in self._minded if shift.over == vector}
+        waiting = [graph.leaf_values[vector]]
         while waiting:
-            for position in self._graph.live_consumers.get(waiting.pop(), ()):
-                node = self._graph.nodes[position]
-                if node.op == "mul":
-                    readers.append(node.module)
+            for position in graph.live_consumers.get(waiting.pop(), ()):
+                node = graph.nodes[position]
+                if node.op == "mul" and not scaled.isdisjoint(node.inputs):
+                    if readers.setdefault(graph.pass_of(position), position) != position:
+                        return graph.where(position)
                 elif len(node.outputs) == 1 and self._origins.tensor(node.outputs[0]) == vector:
                     waiting += node.outputs
                 else:
-                    return node.module or self._graph.model
-        return readers[1] if len(readers) > 1 else None
+                    return graph.where(position)
+        return None
 
     def _alias(self, parameter: str, leaf: int) -> bool:
         """Whether a tied parameter is the tensor `leaf` by another name."""

@@ -28,6 +28,8 @@ class NormCalls:
         self.norms: dict[str, Norm] = {}
         self.calls: list[Call] = []
         self.run = 0
+        self.passes: list[tuple[int, str]] = []
+        """The first node of each further pass, and what is other in it."""
         self._short: dict[str, Formula | None] = {}
         self._recorder = recorder
         self._paths = {id(module): path for path, module in model.named_modules()}

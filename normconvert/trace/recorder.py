@@ -61,6 +61,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.paused or func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
         named = _named(func, args, kwargs)
+        if func is torch.ops.aten.cat.default:
+            named["tensors"] = _not_empty(named["tensors"])
         arguments = tuple((name, self._argument(value)) for name, value in named.items())
         written = [
             named[arg.name]
@@ -191,6 +193,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if value is None or isinstance(value, (bool, int, float)):
             return value
         return str(value)
+
+
+def _not_empty(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What `cat` joins: empty vectors, with which caches begin, fit anything and add nothing."""
+    return [tensor for tensor in tensors if tensor.shape != (0,)] or tensors
 
 
 def _invented(result: Any) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._pytree import keystr, tree_leaves_with_path
 from transformers import Cache, PreTrainedModel
@@ -18,7 +19,9 @@ from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Graph, Tie
 from normconvert.model_class import auto_classes, resolve
 from normconvert.model_inputs import (
-    GRID,
+    all_wanted,
+    handed_back,
+    inputs_in_use,
     longest,
     optional_inputs,
     reads_ids,
@@ -35,7 +38,7 @@ from normconvert.trace.recorder import Recorder
 from normconvert.trace.unread import for_images, widths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
     from normconvert.source import Checkpoint
 
@@ -52,20 +55,22 @@ FOUND = 3
 """How many elements a search finds, where the model's code must know."""
 
 
-def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False, long: bool = True) -> Graph:
+def trace(
+    checkpoint: Checkpoint, *, trust_remote_code: bool = False, further: bool = True
+) -> Graph:
     """The graph of one forward pass of the model that `checkpoint` holds.
 
-    If it reads text, a second pass is on a `long` one, and its towers for images and the like are
-    run, each on its own; what cannot be run is left out, and so are its norms. If the first pass
-    leaves parameters unread, it is run once more with inputs that the model, or a part of it, can
-    do without.
+    Its towers for images and the like are run, each on its own; what cannot be run is left out, and
+    so are its norms. If the first pass leaves parameters unread, it is run once more with inputs
+    that the model, or a part of it, can do without. If there are to be `further` passes, one is on
+    a long text, and others are as in use: on a single text, with a mask, a cache and labels.
 
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
     """
     with quiet():
         model_class, config = resolve(checkpoint, trust_remote_code)
-    return recorded(partial(_trace, checkpoint, model_class, config, long=long))
+    return recorded(partial(_trace, checkpoint, model_class, config, further=further))
 
 
 def recorded(run: Callable[..., Graph]) -> Graph:
@@ -106,7 +111,7 @@ def _trace(
     config: Any,
     recorder: Recorder,
     *,
-    long: bool,
+    further: bool,
     optional: bool = False,
 ) -> Graph:
     with quiet(), fake_tensors(), torch.no_grad():
@@ -121,7 +126,9 @@ def _trace(
                 f"that can be built: {first_line(error)}."
             ) from error
         leaves, ties = load(model, checkpoint, recorder)
-        return record(model, recorder, leaves, ties, with_towers=True, long=long, optional=optional)
+        return record(
+            model, recorder, leaves, ties, with_towers=True, further=further, optional=optional
+        )
 
 
 def fake_tensors() -> FakeTensorMode:
@@ -139,13 +146,13 @@ def record(
     ties: tuple[Tie, ...],
     *,
     with_towers: bool = False,
-    long: bool = False,
+    further: bool = False,
     optional: bool = False,
 ) -> Graph:
     """The graph of one forward pass of `model`, which is on fake tensors, as `fake_tensors` makes.
 
-    And of one of each of its towers, `with_towers`; of one on a `long` text; with `optional` inputs
-    as well as needed ones.
+    And of one of each of its towers, `with_towers`; of `further` ones, see `trace`; with `optional`
+    inputs as well as needed ones.
 
     Raises:
         TraceError: it cannot be run.
@@ -156,13 +163,16 @@ def record(
     )
     calls = NormCalls(model, recorder)
     returned, of_towers = _run(model, recorder, calls, optional=optional), []
-    others = _other_ways(model, recorder, calls) if recorder.invents else []
-    if long and reads_ids(model):
-        others += _long_run(model, recorder, calls)
+    count = len(recorder.nodes)
     for path, tower in towers(model).items() if with_towers else ():
         with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
             of_tower = _run(tower, recorder, calls, output_hidden_states=True)
             of_towers += [(f"{path}.{name}", value) for name, value in of_tower]
+    others = _other_ways(model, recorder, calls) if recorder.invents else []
+    if further and reads_ids(model):
+        others += _long_run(model, recorder, calls, most_nodes=count)
+    if further:
+        others += _in_use(model, recorder, calls, returned, optional=optional)
     return Graph(
         model=type(model).__name__,
         auto_classes=auto_classes(type(model), model.config),
@@ -177,6 +187,7 @@ def record(
         open_biases=open_biases(model),
         tie_key=type(model.config).attribute_map.get(_TIE_KEY, _TIE_KEY),
         other_outputs=tuple(map(tuple, others)),
+        passes=tuple(calls.passes),
         towers=tuple(of_towers),
         widths=tuple(widths(model)),
         for_images=for_images(model, BATCH, LENGTH) if with_towers else (),
@@ -196,31 +207,102 @@ def _other_ways(
     if asked > MOST_ASKED:
         raise TraceError(f"{type(model).__name__} goes ways that depend on data {asked} times.")
     for recorder.turned in range(asked):
-        calls.run, recorder.asked = recorder.turned + 1, 0
-        with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
+        recorder.asked = 0
+        with suppress(TraceError), _further(recorder, calls, "on other data"):
             found.append(_run(model, recorder, calls))
-    calls.run, recorder.turned = 0, -1
+    recorder.turned = -1
     return found
 
 
+@contextmanager
+def _further(recorder: Recorder, calls: NormCalls, what: str) -> Iterator[None]:
+    """A further pass of the model, in which `what` is other: forgotten if it ends in an error."""
+    first, calls.run = len(recorder.nodes), len(calls.passes) + 1
+    try:
+        with recorder.undone_on_error(), calls.undone_on_error():
+            yield
+        calls.passes.append((first, what))
+    finally:
+        calls.run = 0
+
+
 def _long_run(
-    model: PreTrainedModel, recorder: Recorder, calls: NormCalls
+    model: PreTrainedModel, recorder: Recorder, calls: NormCalls, *, most_nodes: int
 ) -> list[list[tuple[str, int]]]:
     """One pass on as many tokens as the model reads: its code may do otherwise with them.
 
-    Nothing if it cannot be run, or if it loops over the tokens: that would take hours.
+    Nothing if it cannot be run, or takes more than `most_nodes`: then it loops over the tokens,
+    which would take hours.
     """
     length = (longest(model) or LONG) - 3  # an odd one, which no dimension has
     if length <= LENGTH:
         return []
-    calls.run, recorder.most_nodes = -1, 2 * len(recorder.nodes)
+    recorder.most_nodes = len(recorder.nodes) + most_nodes
     try:
-        with recorder.undone_on_error(), calls.undone_on_error():
+        with _further(recorder, calls, "on a long text"):
             return [_run(model, recorder, calls, length=length)]
     except TraceError:
         return []
     finally:
-        calls.run, recorder.most_nodes = 0, math.inf
+        recorder.most_nodes = math.inf
+
+
+def _in_use(
+    model: PreTrainedModel,
+    recorder: Recorder,
+    calls: NormCalls,
+    first: list[tuple[str, int]],
+    *,
+    optional: bool,
+) -> list[list[tuple[str, int]]]:
+    """Two passes on a single text as in use: all of it with a mask, then one token with the cache.
+
+    The first with gradients, labels and all that the model can return besides; if it does not run
+    so, or makes no cache, without these. What cannot be run is left out.
+    """
+    fields = {"loss", *(name.partition(".")[0] for name, _ in first)}
+    shape = next((recorder.values[value].shape for name, value in first if name == "logits"), ())
+    found = []
+
+    def run(what: str, inputs: dict[str, Any]) -> Any:
+        with _further(recorder, calls, what), _as_trace_errors(model, recorder):
+            output = _called(model, recorder, calls, inputs, (1, LENGTH) if optional else None)
+            if not isinstance(output, Mapping) and "labels" in inputs:
+                raise TraceError("Its outputs have no names, so that labels may move them.")
+            found.append(_named(model, recorder, output, fields))
+        return output
+
+    for wanted in (True, False):
+        with suppress(TraceError), torch.device(model.device):
+            inputs = inputs_in_use(model, LENGTH)
+            if not wanted:
+                output = run("on a batch of one with a mask and a cache", inputs)
+            else:
+                inputs |= all_wanted(model, shape)
+                with _gradients(model):
+                    output = run(
+                        "on a batch of one with a mask, a cache, labels and all outputs", inputs
+                    )
+            cache = handed_back(model, output)
+            if cache:
+                states = output.get("encoder_last_hidden_state")
+                run("on one token with a cache", inputs_in_use(model, LENGTH, cache, states))
+            if cache or "use_cache" not in inputs:
+                break
+    return found
+
+
+@contextmanager
+def _gradients(model: PreTrainedModel) -> Iterator[None]:
+    """While active, gradients are enabled, as code may ask, but nothing needs any: that is slow."""
+    learning = [each for each in model.parameters() if each.requires_grad]
+    model.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
 
 
 def _run(
@@ -232,26 +314,68 @@ def _run(
     optional: bool = False,
     **options: Any,
 ) -> list[tuple[str, int]]:
-    """One forward pass, recorded: the name and the value of all that it returns."""
-    try:
+    """One plain forward pass, recorded: the name and the value of all that it returns."""
+    shape = (BATCH, length)
+    with _as_trace_errors(model, recorder):
         with torch.device(model.device):
-            inputs = trace_inputs(model, BATCH, length)
-        for name, given in inputs.items():
-            if isinstance(given, torch.Tensor) and given.is_floating_point():
-                inputs[name] = given.to(model.dtype)
-        more = _handing_in(model) if optional else nullcontext()
-        recorder.computes = recorder.invents or GRID in inputs
-        with forgetting(model), readable_numbers(), more, calls, recorder:
-            output = model(**inputs, **options)
+            inputs = trace_inputs(model, *shape)
+        output = _called(model, recorder, calls, inputs | options, shape if optional else None)
+    return _named(model, recorder, output)
+
+
+def _called(
+    model: PreTrainedModel,
+    recorder: Recorder,
+    calls: NormCalls,
+    inputs: dict[str, Any],
+    optional: tuple[int, int] | None = None,
+) -> Any:
+    """What one forward pass on `inputs` returns; it is recorded.
+
+    With `optional`, the batch and the length, every part of the model gets what it can do without.
+    """
+    for name, given in inputs.items():
+        if isinstance(given, torch.Tensor) and given.is_floating_point():
+            inputs[name] = given.to(model.dtype)
+    more = _handing_in(model, *optional) if optional else nullcontext()
+    recorder.computes = recorder.invents or any(map(_is_known, inputs.values()))
+    with forgetting(model), readable_numbers(), more, calls, recorder:
+        return model(**inputs)
+
+
+@contextmanager
+def _as_trace_errors(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # the model's own code may raise anything
         raise TraceError(
             f"The forward pass of {type(model).__name__} cannot be traced: {first_line(error)}.",
             module=recorder.module,
         ) from error
+
+
+def _is_known(given: Any) -> bool:
+    return isinstance(given, torch.Tensor) and not isinstance(given, FakeTensor)
+
+
+def _named(
+    model: PreTrainedModel,
+    recorder: Recorder,
+    output: Any,
+    fields: Collection[str] | None = None,
+) -> list[tuple[str, int]]:
+    """The name and the value of all tensors in what `model` returned, or in these `fields` of it.
+
+    Raises:
+        TraceError: there may be tensors that cannot be found.
+    """
     found = []
     for path, leaf in tree_leaves_with_path(output):
+        name = ".".join(re.findall(r"\w+", keystr(path)))
+        if fields is not None and name.partition(".")[0] not in fields:
+            continue
         if isinstance(leaf, torch.Tensor):
-            found.append((".".join(re.findall(r"\w+", keystr(path))), recorder.value(leaf)))
+            found.append((name, recorder.value(leaf)))
         elif not isinstance(leaf, _SEEN_THROUGH):
             raise TraceError(
                 f"{type(model).__name__} returns a {type(leaf).__name__}, and what tensors that "
@@ -267,13 +391,13 @@ _TIE_KEY = "tie_word_embeddings"
 
 
 @contextmanager
-def _handing_in(model: PreTrainedModel) -> Iterator[None]:
+def _handing_in(model: PreTrainedModel, batch: int, length: int) -> Iterator[None]:
     """While active, every model within `model` gets the inputs that it can do without."""
     handles = []
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             with torch.device(model.device):
-                more = optional_inputs(part, BATCH, LENGTH)
+                more = optional_inputs(part, batch, length)
             hand_in = partial(_hand_in, more)
             handles.append(part.register_forward_pre_hook(hand_in, with_kwargs=True))
     try:
