@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._pytree import keystr, tree_leaves_with_path
 from transformers import Cache, PreTrainedModel
@@ -17,22 +17,16 @@ from transformers import Cache, PreTrainedModel
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Graph, Tie
 from normconvert.model_class import auto_classes, resolve
-from normconvert.model_inputs import (
-    GRID,
-    longest,
-    optional_inputs,
-    reads_ids,
-    towers,
-    trace_inputs,
-)
+from normconvert.model_inputs import longest, optional_inputs, reads_ids, trace_inputs
 from normconvert.model_size import of_the_size
 from normconvert.quiet import quiet
+from normconvert.towers import Pass, tower_passes
 from normconvert.trace.caches import forgetting
 from normconvert.trace.calls import NormCalls
 from normconvert.trace.loading import build, load, open_biases
 from normconvert.trace.naming import readable_numbers
 from normconvert.trace.recorder import Recorder
-from normconvert.trace.unread import for_images, widths
+from normconvert.trace.unread import widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -159,10 +153,15 @@ def record(
     others = _other_ways(model, recorder, calls) if recorder.invents else []
     if long and reads_ids(model):
         others += _long_run(model, recorder, calls)
-    for path, tower in towers(model).items() if with_towers else ():
+    passes = tower_passes(model, BATCH, LENGTH) if with_towers else ()
+    for number, each in enumerate(passes, _FIRST_OF_TOWERS):
         with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
-            of_tower = _run(tower, recorder, calls, output_hidden_states=True)
-            of_towers += [(f"{path}.{name}", value) for name, value in of_tower]
+            calls.run = number
+            found = _tower_run(each, recorder, calls)
+            if each.name:
+                of_towers += [(f"{each.name}.{name}", value) for name, value in found]
+            else:
+                others.append(found)
     return Graph(
         model=type(model).__name__,
         auto_classes=auto_classes(type(model), model.config),
@@ -179,9 +178,16 @@ def record(
         other_outputs=tuple(map(tuple, others)),
         towers=tuple(of_towers),
         widths=tuple(widths(model)),
-        for_images=for_images(model, BATCH, LENGTH) if with_towers else (),
         searched=recorder.found is not None or recorder.invents,
     )
+
+
+_FIRST_OF_TOWERS = MOST_ASKED + 1
+
+
+def _tower_run(each: Pass, recorder: Recorder, calls: NormCalls) -> list[tuple[str, int]]:
+    options = {"output_hidden_states": True} if each.alone else {}
+    return _run(each.part, recorder, calls, each.run, inputs=each.inputs, **options)
 
 
 def _other_ways(
@@ -227,22 +233,25 @@ def _run(
     model: PreTrainedModel,
     recorder: Recorder,
     calls: NormCalls,
+    run: Callable[..., Any] | None = None,
     *,
+    inputs: dict[str, Any] | None = None,
     length: int = LENGTH,
     optional: bool = False,
     **options: Any,
 ) -> list[tuple[str, int]]:
-    """One forward pass, recorded: the name and the value of all that it returns."""
+    """One forward pass, or `run` on `inputs`, recorded: name and value of all that it returns."""
     try:
-        with torch.device(model.device):
-            inputs = trace_inputs(model, BATCH, length)
+        if inputs is None:
+            with torch.device(model.device):
+                inputs = trace_inputs(model, BATCH, length)
         for name, given in inputs.items():
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 inputs[name] = given.to(model.dtype)
         more = _handing_in(model) if optional else nullcontext()
-        recorder.computes = recorder.invents or GRID in inputs
+        recorder.computes = recorder.invents or any(map(_is_known, inputs.values()))
         with forgetting(model), readable_numbers(), more, calls, recorder:
-            output = model(**inputs, **options)
+            output = (run or model)(**inputs, **options)
     except Exception as error:  # the model's own code may raise anything
         raise TraceError(
             f"The forward pass of {type(model).__name__} cannot be traced: {first_line(error)}.",
@@ -258,6 +267,11 @@ def _run(
                 "holds is not known; let it return a ModelOutput, a dict or a tuple."
             )
     return found
+
+
+def _is_known(given: object) -> bool:
+    """Whether it is a tensor whose numbers the model's code may look at."""
+    return isinstance(given, torch.Tensor) and not isinstance(given, FakeTensor)
 
 
 _SEEN_THROUGH = (bool, int, float, str, type(None), Cache)  # no tensors, or only a cache's
