@@ -130,7 +130,8 @@ class Graph:
     model return that a pass on text leaves out: for images, by themselves and with all that makes
     of them what the text model reads. `widths` tells how many features at once the layer of a
     parameter multiplies by it, where the layer is of a class that says so. `searched` says that
-    what a search finds was made up.
+    what a search finds was made up. `not_run` are norms of the model that no pass runs. `failed`
+    are the passes of towers that could not be run: what, in which module, and why.
     """
 
     model: str
@@ -149,6 +150,8 @@ class Graph:
     towers: tuple[tuple[str, int], ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
     searched: bool = False
+    not_run: tuple[Norm, ...] = ()
+    failed: tuple[tuple[str, str, str], ...] = ()
 
     def returning(self, names: tuple[str, ...]) -> Graph:
         """The graph that only has the outputs `names`, such as pooler_output.

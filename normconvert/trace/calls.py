@@ -61,6 +61,40 @@ class NormCalls:
             self._probing = False
             raise
 
+    def not_run(self, shape: tuple[int, ...]) -> tuple[Norm, ...]:
+        """The norms with a gain that nothing has read, by what they compute alone.
+
+        On inputs of `shape`, but for the last axis.
+        """
+        read = {value for node in self._recorder.nodes for value in node.inputs}
+        found = []
+        for path, module in self._model.named_modules():
+            own = [*module.parameters()]
+            if path in self.norms or not own or any(each.ndim != 1 for each in own):
+                continue
+            if not read.isdisjoint(self._recorder.value(each) for each in own):
+                continue
+            of_size = (*shape, len(own[0]))
+            key = (type(module), of_size, _settings(module))
+            if key not in self._probed:
+                self._probed[key] = recognise(module, of_size)
+            formula = self._probed[key]
+            if formula is not None and formula.kind != "unrecognised":
+                found.append(self._norm(path, formula, *_weights(module, formula)))
+        return tuple(found)
+
+    def _norm(
+        self, path: str, formula: Formula, gain: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> Norm:
+        return Norm(
+            module=path,
+            kind=formula.kind,
+            gain=None if gain is None else self._recorder.value(gain),
+            bias=None if bias is None else self._recorder.value(bias),
+            offset=formula.offset,
+            eps=formula.eps,
+        )
+
     def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self._recorder.paused:
             return
@@ -122,16 +156,8 @@ class NormCalls:
     ) -> None:
         formula = self._formula
         assert formula is not None
-        gain = getattr(module, formula.gain) if formula.gain else None
-        bias = getattr(module, formula.bias) if formula.bias else None
-        norm = Norm(
-            module=path,
-            kind=formula.kind,
-            gain=None if gain is None else self._recorder.value(gain),
-            bias=None if bias is None else self._recorder.value(bias),
-            offset=formula.offset,
-            eps=formula.eps,
-        )
+        gain, bias = _weights(module, formula)
+        norm = self._norm(path, formula, gain, bias)
         if self.norms.setdefault(path, norm) != norm:  # another call computed something else
             self.norms[path] = Norm(
                 module=path, kind="unrecognised", gain=None, bias=None, offset=0.0, eps=0.0
@@ -140,6 +166,14 @@ class NormCalls:
         if formula.kind == "unrecognised":
             reads |= dict(module.named_parameters())
         self._recorder.add_call("norm", reads, output)
+
+
+def _weights(
+    module: torch.nn.Module, formula: Formula
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gain and the bias."""
+    gain, bias = (getattr(module, name) if name else None for name in (formula.gain, formula.bias))
+    return gain, bias
 
 
 _MOST_PROBED = (

@@ -149,19 +149,24 @@ def record(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
     calls = NormCalls(model, recorder)
-    returned, of_towers = _run(model, recorder, calls, optional=optional), []
+    of_towers, failed = list[tuple[str, int]](), list[tuple[str, str, str]]()
+    returned = _run(model, recorder, calls, optional=optional)
     others = _other_ways(model, recorder, calls) if recorder.invents else []
     if long and reads_ids(model):
         others += _long_run(model, recorder, calls)
     passes = tower_passes(model, BATCH, LENGTH) if with_towers else ()
     for number, each in enumerate(passes, _FIRST_OF_TOWERS):
-        with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
-            calls.run = number
-            found = _tower_run(each, recorder, calls)
-            if each.name:
-                of_towers += [(f"{each.name}.{name}", value) for name, value in found]
-            else:
-                others.append(found)
+        calls.run = number
+        try:
+            with recorder.undone_on_error(), calls.undone_on_error():
+                found = _tower_run(each, recorder, calls)
+        except TraceError as error:
+            failed.append((each.name, error.module, str(error)))
+            continue
+        if each.name:
+            of_towers += [(f"{each.name}.{name}", value) for name, value in found]
+        else:
+            others.append(found)
     return Graph(
         model=type(model).__name__,
         auto_classes=auto_classes(type(model), model.config),
@@ -179,6 +184,8 @@ def record(
         towers=tuple(of_towers),
         widths=tuple(widths(model)),
         searched=recorder.found is not None or recorder.invents,
+        not_run=calls.not_run((BATCH, LENGTH)),
+        failed=tuple(failed),
     )
 
 
