@@ -12,15 +12,13 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from normconvert.errors import TraceError
+from normconvert.images import GRIDS, accepted, images, setting, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAIN_INPUTS = ("input_ids", "input_features", "pixel_values")
 """Text first: a model that reads both text and images runs on text alone."""
-
-GRID = "grid_thw"
-"""Beside it a vision tower reads images of any size, cut into patches: [patches, pixels]."""
 
 
 def main_input(model: PreTrainedModel) -> str:
@@ -29,11 +27,11 @@ def main_input(model: PreTrainedModel) -> str:
     Raises:
         TraceError: it takes none of them.
     """
-    accepted = _accepted(model)
-    if _in_patches(model):
-        return accepted[0]
+    names = accepted(model.forward)
+    if in_patches(model):
+        return names[0]
     for name in MAIN_INPUTS:
-        if name in accepted:
+        if name in names:
             return name
     raise TraceError(
         f"{type(model).__name__} reads no {', '.join(MAIN_INPUTS[:-1])} or {MAIN_INPUTS[-1]}; "
@@ -43,40 +41,13 @@ def main_input(model: PreTrainedModel) -> str:
 
 def reads_ids(model: PreTrainedModel) -> bool:
     """Whether token ids are among the inputs: of the model, or of its decoder."""
-    return main_input(model) == "input_ids" or "decoder_input_ids" in _accepted(model)
+    return main_input(model) == "input_ids" or "decoder_input_ids" in accepted(model.forward)
 
 
-def towers(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """The parts of a model of text that read images or spectra instead, by their paths.
-
-    One forward pass on text runs none of them.
-    """
-    from transformers import PreTrainedModel
-
-    found: dict[str, PreTrainedModel] = {}
-    if main_input(model) != "input_ids" or "decoder_input_ids" in _accepted(model):
-        return found
-    for path, part in model.named_modules():
-        inside = any(path.startswith(f"{tower}.") for tower in found)
-        if isinstance(part, PreTrainedModel) and not inside and _senses(part):
-            found[path] = part
-    return found
-
-
-def _senses(part: PreTrainedModel) -> bool:
-    known = _in_patches(part) or not set(MAIN_INPUTS).isdisjoint(_accepted(part))
-    return known and main_input(part) != "input_ids"
-
-
-def _in_patches(model: PreTrainedModel) -> bool:
-    accepted = _accepted(model)
-    return GRID in accepted and "input_ids" not in accepted
-
-
-def _grid(model: PreTrainedModel) -> list[list[int]]:
-    """How many patches two images have each: in time, height and width."""
-    merge = getattr(model.config, "spatial_merge_size", 1)
-    return [[1, 3 * merge, 5 * merge], [1, 2 * merge, merge]]  # 17 merged, which no size is
+def in_patches(model: PreTrainedModel) -> bool:
+    """Whether `model` reads images of any size, cut into patches, and no text."""
+    names = accepted(model.forward)
+    return not GRIDS.isdisjoint(names) and "input_ids" not in names
 
 
 def longest(model: PreTrainedModel) -> int:
@@ -104,25 +75,18 @@ def main_shape(model: PreTrainedModel, batch: int, length: int) -> tuple[int, ..
     Raises:
         TraceError: the model's config does not say which size that is.
     """
-    if _in_patches(model):
-        weight = next(m.weight for m in model.modules() if isinstance(m, _FIRST))
-        return sum(math.prod(sizes) for sizes in _grid(model)), weight[0].numel()
     match main_input(model):
-        case "pixel_values":
-            size = _setting(model, "image_size")
-            height, width = size if isinstance(size, (list, tuple)) else (size, size)
-            return batch, _setting(model, "num_channels"), height, width
+        case "input_ids":
+            return batch, length
         case "input_features":
             # Convolutions shorten the spectrum to the positions that the encoder has.
             convolutions = (m for m in model.modules() if isinstance(m, torch.nn.Conv1d))
             frames_per_position = math.prod(module.stride[0] for module in convolutions)
-            frames = _setting(model, "max_source_positions") * frames_per_position
-            return batch, _setting(model, "num_mel_bins"), frames
+            frames = setting(model, "max_source_positions") * frames_per_position
+            return batch, setting(model, "num_mel_bins"), frames
         case _:
-            return batch, length
-
-
-_FIRST = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+            shape, _ = images(model, batch)
+            return shape
 
 
 def plain_inputs(model: PreTrainedModel, main: torch.Tensor, ids: torch.Tensor) -> dict[str, Any]:
@@ -130,14 +94,15 @@ def plain_inputs(model: PreTrainedModel, main: torch.Tensor, ids: torch.Tensor) 
 
     Without a cache, which nobody reads afterwards.
     """
-    inputs: dict[str, Any] = {main_input(model): main}
-    if "decoder_input_ids" in _accepted(model):
+    name = main_input(model)
+    inputs: dict[str, Any] = {name: main}
+    if "decoder_input_ids" in accepted(model.forward):
         inputs["decoder_input_ids"] = ids
-    if "use_cache" in _accepted(model):
+    if "use_cache" in accepted(model.forward):
         inputs["use_cache"] = False
-    if _in_patches(model):
-        with unset_fake_temporarily():  # the model's code must know the numbers
-            inputs[GRID] = torch.tensor(_grid(model))
+    if name not in ("input_ids", "input_features"):
+        _, numbers = images(model, len(main))
+        inputs |= told(model.forward, numbers)
     return inputs
 
 
@@ -147,18 +112,18 @@ def optional_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str
     The states of an encoder, [batch, length, hidden size], where the model is a decoder alone; the
     patches, [batch, patches], that a mask token stands in for.
     """
-    accepted = _accepted(model)
+    names = accepted(model.forward)
     found: dict[str, Any] = {}
-    if set(MAIN_INPUTS).isdisjoint(accepted):
+    if set(MAIN_INPUTS).isdisjoint(names):
         return found
     size = getattr(model.config.get_text_config(), "hidden_size", None)
-    if size and main_input(model) == "input_ids" and "decoder_input_ids" not in accepted:
+    if size and main_input(model) == "input_ids" and "decoder_input_ids" not in names:
         states = torch.zeros(batch, length, size, dtype=model.dtype)
         known = {"encoder_hidden_states": states, "encoder_outputs": (states,)}
-        found |= {name: given for name, given in known.items() if name in accepted}
-    if "bool_masked_pos" in accepted and main_input(model) == "pixel_values":
+        found |= {name: given for name, given in known.items() if name in names}
+    if "bool_masked_pos" in names and main_input(model) == "pixel_values":
         *_, height, width = main_shape(model, batch, length)
-        patch = _setting(model, "patch_size")
+        patch = setting(model, "patch_size")
         patches = (height // patch) * (width // patch)
         found["bool_masked_pos"] = torch.zeros(batch, patches, dtype=torch.bool)
     return found
@@ -177,26 +142,26 @@ def inputs_in_use(
     """
     count = 1 if cache else length
     inputs = trace_inputs(model, 1, count)
-    accepted = _accepted(model)
-    if "use_cache" in accepted:
+    names = accepted(model.forward)
+    if "use_cache" in names:
         inputs["use_cache"] = True
-    if "attention_mask" in accepted and main_input(model) == "input_ids":
-        alone = bool(cache) and "decoder_input_ids" not in accepted
+    if "attention_mask" in names and main_input(model) == "input_ids":
+        alone = bool(cache) and "decoder_input_ids" not in names
         with unset_fake_temporarily():  # the model's code must know the numbers
             inputs["attention_mask"] = torch.ones(1, length + alone, dtype=torch.int64)
     if cache and "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"] + length
-    if cache and states is not None and "encoder_outputs" in accepted:
+    if cache and states is not None and "encoder_outputs" in names:
         inputs["encoder_outputs"] = (states,)
     return {**inputs, **cache}
 
 
 def handed_back(model: PreTrainedModel, output: Any) -> dict[str, Any]:
     """What `model` gave back in `output` that it takes as well: its cache, by whatever name."""
-    accepted = _accepted(model)
-    if not isinstance(output, Mapping) or "use_cache" not in accepted:
+    names = accepted(model.forward)
+    if not isinstance(output, Mapping) or "use_cache" not in names:
         return {}
-    taken = (name for name in output if name in accepted)
+    taken = (name for name in output if name in names)
     return {name: output[name] for name in taken if output[name] is not None}
 
 
@@ -225,22 +190,6 @@ def trace_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, A
     text = main_input(model) == "input_ids"
     main = ids if text else torch.zeros(main_shape(model, batch, length))
     inputs = plain_inputs(model, main, ids)
-    if text and "position_ids" in _accepted(model):
+    if text and "position_ids" in accepted(model.forward):
         inputs["position_ids"] = torch.arange(length).unsqueeze(0).expand(batch, length)
     return inputs
-
-
-def _accepted(model: PreTrainedModel) -> tuple[str, ...]:
-    return tuple(inspect.signature(model.forward).parameters)
-
-
-def _setting(model: PreTrainedModel, name: str) -> Any:
-    """The value of `name` in the model's config, or in that of one of its parts."""
-    config = model.config
-    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
-        if getattr(part, name, None) is not None:
-            return getattr(part, name)
-    raise TraceError(
-        f"{type(model).__name__} reads {main_input(model)}, but its config has no {name}: what "
-        "size they have is not known."
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,9 +10,9 @@ from normconvert.errors import PlanError
 from normconvert.ir.expression import DropLast, MinusLast, Tensor, tensors
 from normconvert.ir.graph import Graph
 from normconvert.ir.native import Native, merged, native_of
-from normconvert.ir.plan import STORED_DTYPE, Dtype, Edit, Format, Plan, Tied
+from normconvert.ir.plan import STORED_DTYPE, Dtype, Edit, Format, Plan, Tied, Verdict
 from normconvert.rules.crmsnorm import crmsnorm
-from normconvert.rules.draft import Draft, Request, Rule
+from normconvert.rules.draft import Draft, Request, Rule, verdict_on
 from normconvert.rules.flashnorm import flashnorm
 from normconvert.rules.origins import Origins
 from normconvert.rules.prmsnorm import prmsnorm
@@ -85,13 +85,20 @@ def make_plan(
     return Plan(
         model=graph.model,
         rules=rules,
-        verdicts=draft.verdicts,
+        verdicts=(*draft.verdicts, *_not_run(graph, origins, rules)),
         edits=edits,
         omitted=tuple(name for name in checkpoint.tensors if name in draft.omitted),
         native=merged(before, _native(graph, origins, draft, rules)) if native else None,
         config=tuple(config.items()),
         notes=(*_notes(graph, edits), *_adapter_notes(checkpoint, edits)),
     )
+
+
+def _not_run(graph: Graph, origins: Origins, rules: tuple[str, ...]) -> Iterator[Verdict]:
+    """The verdicts on norms of which the trace says nothing: what reads them is not known."""
+    for rule in rules:
+        for norm in graph.not_run:
+            yield verdict_on(origins, norm, rule, "keep", "no pass of the trace runs it")
 
 
 def modules_of(graph: Graph) -> dict[str, tuple[str, ...]]:

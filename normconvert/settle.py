@@ -71,7 +71,7 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
     already = bool(asked & done) or any(v.reason == IDENTITY for v in plan.verdicts)
     if _does_what_was_asked(plan, request) or (already and plan.edits):
         if plan.native is not None:
-            plan = _running(partial(plan_with, keep=keep), checkpoint)
+            plan = _running(partial(plan_with, keep=keep), checkpoint, graph)
         return plan, False
     if already and request.target is None:
         return plan, True
@@ -87,7 +87,7 @@ def rules_done(checkpoint: Checkpoint) -> tuple[str, ...]:
     return rules_in_manifest(checkpoint) if native is None else native.rules
 
 
-def _running(plan_with: Callable[..., Plan], checkpoint: Checkpoint) -> Plan:
+def _running(plan_with: Callable[..., Plan], checkpoint: Checkpoint, before: Graph) -> Plan:
     """A plan whose model runs: traced on fake tensors, because code may know its sizes by heart.
 
     A module that fails on a compressed stream is kept at its full width.
@@ -98,7 +98,7 @@ def _running(plan_with: Callable[..., Plan], checkpoint: Checkpoint) -> Plan:
     full_width: frozenset[str] = frozenset()
     while True:
         plan = plan_with(full_width=full_width)
-        error = _failure(plan, checkpoint)
+        error = _failure(plan, checkpoint, before)
         if error is None:
             return plan
         failed = starred(error.module)
@@ -110,12 +110,17 @@ def _running(plan_with: Callable[..., Plan], checkpoint: Checkpoint) -> Plan:
         full_width |= {failed}
 
 
-def _failure(plan: Plan, checkpoint: Checkpoint) -> TraceError | None:
+def _failure(plan: Plan, checkpoint: Checkpoint, before: Graph) -> TraceError | None:
+    """Why the model that `plan` makes does not run, as a whole or in a tower that did `before`."""
     with TemporaryDirectory() as folder:
         try:
             graph = trace(preview(plan, checkpoint, Path(folder)), further=False)
         except TraceError as error:
             return error
+    known = {name for name, _, _ in before.failed}
+    for name, module, why in graph.failed:
+        if name not in known:
+            return TraceError(why, module=module)
     assert plan.native is not None
     unread = set(plan.native.biases) & set(graph.unread)
     return TraceError(f"{min(unread)} is not read.") if unread else None

@@ -11,7 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "normconvert"
 SHARED = {"errors", "ir", "source"}
-MODELS = {"model_class", "model_inputs", "model_size", "precision", "quiet", "torch_dtypes"}
+MODELS = {
+    "images", "model_class", "model_inputs", "model_size", "precision", "quiet", "torch_dtypes",
+    "towers",
+}  # fmt: skip
 BENCHMARK = {"api", "benchmark", "nn", "planner", "settle", "trace", "train", "verify"}
 COMMANDS = {"api", "benchmark", "publish", "recipe"}
 ALLOWED = {
@@ -48,7 +51,9 @@ ALLOWED = {
         *MODELS,
     },
     "model_class": {*SHARED, "nn"},
-    "model_inputs": SHARED,
+    "images": {"errors"},
+    "model_inputs": {*SHARED, "images"},
+    "towers": {"images", "model_inputs"},
     "model_size": SHARED,
     "precision": set[str](),
     "quiet": set[str](),
@@ -74,11 +79,13 @@ TORCH = {
     "retarget",
     "rewrite",
     "verify",
+    "images",
     "model_inputs",
     "model_size",
     "precision",
     "processes",
     "torch_dtypes",
+    "towers",
 }
 TRANSFORMERS = {
     "benchmark",
@@ -88,9 +95,11 @@ TRANSFORMERS = {
     "train",
     "retarget",
     "verify",
+    "images",
     "model_class",
     "model_inputs",
     "quiet",
+    "towers",
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

@@ -104,7 +104,7 @@ class Tie:
 class Call:
     """One call of a module: where something can be put in front of it or behind it.
 
-    `run` counts the passes of the whole model: 0 is the first one, and those of its towers.
+    `run` is the number of the pass: 0 is the first one, of the whole model.
 
     `inputs` are its tensors by position or keyword, `unused` the names of those inputs that it was
     not given. `outputs` are all tensors in what it returned, `output` is None if that was anything
@@ -129,10 +129,11 @@ class Graph:
     `auto_classes` are transformers' classes that load it. `open_biases` maps the weight of each
     Linear without a bias to the name that a bias would have, in the model and on disk. `tie_key`
     is the key of config.json that says whether parameters are tied. `towers` are what parts of the
-    model return that were run on their own: what the model makes of it is not in the graph.
-    `widths` tells how many features at once the layer of a parameter multiplies by it, where the
-    layer is of a class that says so; `for_images` are the parameters that the way from an image to
-    the text reads. `searched` says that what a search finds was made up.
+    model return that a pass on text leaves out: for images, by themselves and with all that makes
+    of them what the text model reads. `widths` tells how many features at once the layer of a
+    parameter multiplies by it, where the layer is of a class that says so. `searched` says that
+    what a search finds was made up. `not_run` are norms of the model that no pass runs. `failed`
+    are the passes of towers that could not be run: what, in which module, and why.
     """
 
     model: str
@@ -151,8 +152,9 @@ class Graph:
     passes: tuple[tuple[int, str], ...] = ()
     towers: tuple[tuple[str, int], ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
-    for_images: tuple[str, ...] = ()
     searched: bool = False
+    not_run: tuple[Norm, ...] = ()
+    failed: tuple[tuple[str, str, str], ...] = ()
 
     def returning(self, names: tuple[str, ...]) -> Graph:
         """The graph that only has the outputs `names`, such as pooler_output.
@@ -190,7 +192,7 @@ class Graph:
         """The module that runs the node at `position`; in a further pass, also what is other."""
         module = self.nodes[position].module or self.model
         at = self.pass_of(position)
-        return f"{module} {self.passes[at - 1][1]}" if at else module
+        return f"{module} {self.passes[at - 1][1]}".rstrip() if at else module
 
     def pass_of(self, position: int) -> int:
         """The number of the pass that has the node at `position`; 0 is the first one."""
@@ -228,7 +230,16 @@ class Graph:
     @cached_property
     def live_consumers(self) -> dict[int, tuple[int, ...]]:
         """Value -> positions of the nodes that read it and that some output depends on."""
-        needed = {value for _, value in self.returned}
+        return self._live(self.returned)
+
+    @cached_property
+    def behind_outputs(self) -> frozenset[int]:
+        """The values that an output of the whole model depends on, not only one of a tower."""
+        whole = self.returned[: len(self.returned) - len(self.towers)]
+        return frozenset(self._live(whole)).union(value for _, value in whole)
+
+    def _live(self, returned: tuple[tuple[str, int], ...]) -> dict[int, tuple[int, ...]]:
+        needed = {value for _, value in returned}
         found: dict[int, tuple[int, ...]] = {}
         for i in reversed(range(len(self.nodes))):
             node = self.nodes[i]

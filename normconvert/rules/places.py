@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from normconvert.ir.graph import Graph
 from normconvert.ir.native import Recentering
@@ -71,10 +71,20 @@ def entrance(
     return None
 
 
-def unread(graph: Graph, size: int) -> tuple[str, ...]:
-    """The parameters that were not read in the trace and may belong to a stream of that size."""
-    known = graph.parameter_values
-    return tuple(p for p in graph.unread_parameters if size in graph.values[known[p]].shape)
+def unseen_writers(graph: Graph, norms: Iterable[str], size: int) -> tuple[str, ...]:
+    """The parameters that may write to the stream of that size which `norms` read, unseen.
+
+    None that the trace read, but what becomes of a tower's output is seen only in a pass of the
+    whole model: where the norms run in one, what only towers read may write to the stream.
+    """
+    made = (out for norm in norms for node in graph.norm_calls[norm] for out in node.outputs)
+    of_the_whole = not graph.behind_outputs.isdisjoint(made)
+    seen = graph.behind_outputs if of_the_whole else graph.live_consumers
+    return tuple(
+        name
+        for name, value in graph.parameters
+        if value not in seen and size in graph.values[value].shape
+    )
 
 
 def unread_beside(graph: Graph, values: frozenset[int], size: int) -> str | None:
@@ -111,7 +121,7 @@ def _unread_readers(graph: Graph, size: int) -> Iterator[str]:
     for name, value in graph.parameters:
         fitting = (widths[name],) if name in widths else graph.values[value].shape
         wide = any(isinstance(each, int) and each and each % size == 0 for each in fitting)
-        if wide and value not in graph.consumers and name not in graph.for_images:
+        if wide and value not in graph.consumers:
             yield name
 
 

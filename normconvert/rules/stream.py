@@ -15,7 +15,7 @@ from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import Recentering
 from normconvert.rules.draft import Obstacle
 from normconvert.rules.origins import Origins
-from normconvert.rules.places import entrance, places, unread
+from normconvert.rules.places import entrance, places, unseen_writers
 from normconvert.rules.scaling import Stop
 from normconvert.rules.shift import KNOWN, Shift, Shifts, obstacles
 
@@ -151,7 +151,7 @@ class _Finder:
         assert isinstance(size, int)
         stream = Stream(norms=tuple(norms), size=size)
         blocked = self._blocked(reach, conflicts)
-        unseen = unread(self._graph, size)
+        unseen = unseen_writers(self._graph, [norm.module for norm in norms], size)
         chosen: dict[int, Recentering] = {}
         if blocked or unseen:
             found = (

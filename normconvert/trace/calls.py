@@ -30,7 +30,7 @@ class NormCalls:
         self.run = 0
         self.passes: list[tuple[int, str]] = []
         """The first node of each further pass, and what is other in it."""
-        self._short: dict[str, Formula | None] = {}
+        self._first: dict[str, Formula | None] = {}
         self._recorder = recorder
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._model = model
@@ -62,6 +62,40 @@ class NormCalls:
             self.norms, self.calls, self._outer = norms, calls, []
             self._probing = False
             raise
+
+    def not_run(self, shape: tuple[int, ...]) -> tuple[Norm, ...]:
+        """The norms with a gain that nothing has read, by what they compute alone.
+
+        On inputs of `shape`, but for the last axis.
+        """
+        read = {value for node in self._recorder.nodes for value in node.inputs}
+        found = []
+        for path, module in self._model.named_modules():
+            own = [*module.parameters()]
+            if path in self.norms or not own or any(each.ndim != 1 for each in own):
+                continue
+            if not read.isdisjoint(self._recorder.value(each) for each in own):
+                continue
+            of_size = (*shape, len(own[0]))
+            key = (type(module), of_size, _settings(module))
+            if key not in self._probed:
+                self._probed[key] = recognise(module, of_size)
+            formula = self._probed[key]
+            if formula is not None and formula.kind != "unrecognised":
+                found.append(self._norm(path, formula, *_weights(module, formula)))
+        return tuple(found)
+
+    def _norm(
+        self, path: str, formula: Formula, gain: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> Norm:
+        return Norm(
+            module=path,
+            kind=formula.kind,
+            gain=None if gain is None else self._recorder.value(gain),
+            bias=None if bias is None else self._recorder.value(bias),
+            offset=formula.offset,
+            eps=formula.eps,
+        )
 
     def _before(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         if self._recorder.paused:
@@ -106,8 +140,8 @@ class NormCalls:
         if len(inputs) != 1 or given != 1 or not inputs[0].is_floating_point():
             return None
         shape = tuple(size if isinstance(size, int) else 3 for size in inputs[0].shape)
-        if self.run and math.prod(shape) > _MOST_PROBED:
-            return self._short.get(path)
+        if path in self._first and math.prod(shape) > _MOST_PROBED:
+            return self._first[path]
         key = (type(module), shape, _settings(module))
         if key not in self._probed:
             self._probing = self._recorder.paused = True
@@ -115,8 +149,7 @@ class NormCalls:
                 self._probed[key] = recognise(module, shape)
             finally:
                 self._probing = self._recorder.paused = False
-        if not self.run:
-            self._short[path] = self._probed[key]
+        self._first.setdefault(path, self._probed[key])
         return self._probed[key]
 
     def _add_norm(
@@ -124,16 +157,8 @@ class NormCalls:
     ) -> None:
         formula = self._formula
         assert formula is not None
-        gain = getattr(module, formula.gain) if formula.gain else None
-        bias = getattr(module, formula.bias) if formula.bias else None
-        norm = Norm(
-            module=path,
-            kind=formula.kind,
-            gain=None if gain is None else self._recorder.value(gain),
-            bias=None if bias is None else self._recorder.value(bias),
-            offset=formula.offset,
-            eps=formula.eps,
-        )
+        gain, bias = _weights(module, formula)
+        norm = self._norm(path, formula, gain, bias)
         if self.norms.setdefault(path, norm) != norm:  # another call computed something else
             self.norms[path] = Norm(
                 module=path, kind="unrecognised", gain=None, bias=None, offset=0.0, eps=0.0
@@ -142,6 +167,14 @@ class NormCalls:
         if formula.kind == "unrecognised":
             reads |= dict(module.named_parameters())
         self._recorder.add_call("norm", reads, output)
+
+
+def _weights(
+    module: torch.nn.Module, formula: Formula
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The gain and the bias."""
+    gain, bias = (getattr(module, name) if name else None for name in (formula.gain, formula.bias))
+    return gain, bias
 
 
 _MOST_PROBED = (

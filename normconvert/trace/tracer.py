@@ -25,17 +25,17 @@ from normconvert.model_inputs import (
     longest,
     optional_inputs,
     reads_ids,
-    towers,
     trace_inputs,
 )
 from normconvert.model_size import of_the_size
 from normconvert.quiet import quiet
+from normconvert.towers import tower_passes
 from normconvert.trace.caches import forgetting
 from normconvert.trace.calls import NormCalls
 from normconvert.trace.loading import build, load, open_biases
 from normconvert.trace.naming import readable_numbers
 from normconvert.trace.recorder import Recorder
-from normconvert.trace.unread import for_images, widths
+from normconvert.trace.unread import widths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -162,17 +162,14 @@ def record(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
     calls = NormCalls(model, recorder)
-    returned, of_towers = _run(model, recorder, calls, optional=optional), []
+    returned = _run(model, recorder, calls, optional=optional)
     count = len(recorder.nodes)
-    for path, tower in towers(model).items() if with_towers else ():
-        with suppress(TraceError), recorder.undone_on_error(), calls.undone_on_error():
-            of_tower = _run(tower, recorder, calls, output_hidden_states=True)
-            of_towers += [(f"{path}.{name}", value) for name, value in of_tower]
     others = _other_ways(model, recorder, calls) if recorder.invents else []
     if further and reads_ids(model):
         others += _long_run(model, recorder, calls, most_nodes=count)
     if further:
         others += _in_use(model, recorder, calls, returned, optional=optional)
+    of_towers, beside, failed = _run_towers(model, recorder, calls) if with_towers else ([], [], [])
     return Graph(
         model=type(model).__name__,
         auto_classes=auto_classes(type(model), model.config),
@@ -186,13 +183,36 @@ def record(
         calls=tuple(calls.calls),
         open_biases=open_biases(model),
         tie_key=type(model.config).attribute_map.get(_TIE_KEY, _TIE_KEY),
-        other_outputs=tuple(map(tuple, others)),
+        other_outputs=tuple(map(tuple, others + beside)),
         passes=tuple(calls.passes),
         towers=tuple(of_towers),
         widths=tuple(widths(model)),
-        for_images=for_images(model, BATCH, LENGTH) if with_towers else (),
         searched=recorder.found is not None or recorder.invents,
+        not_run=calls.not_run((BATCH, LENGTH)),
+        failed=tuple(failed),
     )
+
+
+def _run_towers(
+    model: PreTrainedModel, recorder: Recorder, calls: NormCalls
+) -> tuple[list[tuple[str, int]], list[list[tuple[str, int]]], list[tuple[str, str, str]]]:
+    """What towers return, what the whole model returns beside images, and what cannot be run."""
+    of_towers, of_the_whole, failed = list[tuple[str, int]](), [], list[tuple[str, str, str]]()
+    for each in tower_passes(model, BATCH, LENGTH):
+        options = {"output_hidden_states": True} if each.alone else {}
+        what = "" if each.name else "beside images"
+        try:
+            with _further(recorder, calls, what), _as_trace_errors(each.part, recorder):
+                output = _called(each.part, recorder, calls, each.inputs | options, run=each.run)
+                found = _named(each.part, recorder, output)
+        except TraceError as error:
+            failed.append((each.name, error.module, str(error)))
+            continue
+        if each.name:
+            of_towers += [(f"{each.name}.{name}", value) for name, value in found]
+        else:
+            of_the_whole.append(found)
+    return of_towers, of_the_whole, failed
 
 
 def _other_ways(
@@ -309,7 +329,9 @@ def _run(
     model: PreTrainedModel,
     recorder: Recorder,
     calls: NormCalls,
+    run: Callable[..., Any] | None = None,
     *,
+    inputs: dict[str, Any] | None = None,
     length: int = LENGTH,
     optional: bool = False,
     **options: Any,
@@ -319,7 +341,7 @@ def _run(
     with _as_trace_errors(model, recorder):
         with torch.device(model.device):
             inputs = trace_inputs(model, *shape)
-        output = _called(model, recorder, calls, inputs | options, shape if optional else None)
+        output = _called(model, recorder, calls, inputs, shape if optional else None)
     return _named(model, recorder, output)
 
 
@@ -329,8 +351,9 @@ def _called(
     calls: NormCalls,
     inputs: dict[str, Any],
     optional: tuple[int, int] | None = None,
+    run: Callable[..., Any] | None = None,
 ) -> Any:
-    """What one forward pass on `inputs` returns; it is recorded.
+    """What one forward pass on `inputs`, or another `run` of `model`, returns; it is recorded.
 
     With `optional`, the batch and the length, every part of the model gets what it can do without.
     """
@@ -340,7 +363,7 @@ def _called(
     more = _handing_in(model, *optional) if optional else nullcontext()
     recorder.computes = recorder.invents or any(map(_is_known, inputs.values()))
     with forgetting(model), readable_numbers(), more, calls, recorder:
-        return model(**inputs)
+        return (run or model)(**inputs)
 
 
 @contextmanager
@@ -352,10 +375,6 @@ def _as_trace_errors(model: PreTrainedModel, recorder: Recorder) -> Iterator[Non
             f"The forward pass of {type(model).__name__} cannot be traced: {first_line(error)}.",
             module=recorder.module,
         ) from error
-
-
-def _is_known(given: Any) -> bool:
-    return isinstance(given, torch.Tensor) and not isinstance(given, FakeTensor)
 
 
 def _named(
@@ -382,6 +401,11 @@ def _named(
                 "holds is not known; let it return a ModelOutput, a dict or a tuple."
             )
     return found
+
+
+def _is_known(given: object) -> bool:
+    """Whether it is a tensor whose numbers the model's code may look at."""
+    return isinstance(given, torch.Tensor) and not isinstance(given, FakeTensor)
 
 
 _SEEN_THROUGH = (bool, int, float, str, type(None), Cache)  # no tensors, or only a cache's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -37,7 +37,8 @@ from normconvert.verify.placement import (
     shapes,
     weights,
 )
-from normconvert.verify.tokens import input_sets, tower_inputs, unlike_tokenizers
+from normconvert.verify.tokens import input_sets, unlike_tokenizers
+from normconvert.verify.towers import tower_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -234,9 +235,8 @@ class _Runner:
             with torch.no_grad(), exact, layer_states(model) as states:
                 for name, inputs in sets.items():
                     found |= _named_outputs(name, model(**inputs), self._returns)
-                for path, (tower, inputs) in tower_inputs(model).items():
-                    with suppress(Exception):  # it needs more: it was not traced either
-                        found |= _named_outputs(path, tower(**inputs), ())
+                for name, output in tower_outputs(model).items():
+                    found |= _named_outputs(name, output, ())
                 if steps is not None:
                     found["token by token"] = stepwise_logits(model, steps).cpu()
         except Exception as error:  # the model's own code may raise anything
@@ -259,9 +259,9 @@ def _named_outputs(name: str, output: Any, returns: tuple[str, ...]) -> dict[str
     else:
         first = next(each for each in tree_leaves(output) if getattr(each, "ndim", 0) > 1)
         found = {name: getattr(output, "logits", first)}
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is not None:
-            found[f"{name}, pooled"] = pooled
+        pooled = tree_leaves(getattr(output, "pooler_output", None))
+        if pooled[0] is not None:  # of each image, what the text model reads
+            found[f"{name}, pooled"] = torch.cat([each.flatten(0, -2) for each in pooled])
     return {name: tensor.flatten(0, -2).cpu() for name, tensor in found.items()}
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from normconvert.errors import TraceError
 from normconvert.model_inputs import (
     longest,
     main_input,
@@ -18,7 +17,6 @@ from normconvert.model_inputs import (
     optional_inputs,
     plain_inputs,
     reads_ids,
-    towers,
 )
 from normconvert.precision import computing_in
 from normconvert.verify.placement import input_device
@@ -63,7 +61,7 @@ def input_sets(
             tokens |= _differing_tokens(model, checkpoint, other, length, generator)
         sets = {name: plain_inputs(model, ids, ids) for name, ids in tokens.items()}
     sets |= _optional_sets(model, length, generator, [*sets.values()][-1])
-    return tree_map(_on(model), sets), notes
+    return tree_map(moved_to(model), sets), notes
 
 
 def _differing_tokens(
@@ -109,35 +107,21 @@ def _optional_sets(
     zeros = optional_inputs(model, SEQUENCES, length)
     if not zeros:
         return {}
-    inputs = {**plain, **tree_map(partial(_random_like, generator), zeros)}
+    inputs = {**plain, **tree_map(partial(random_like, generator), zeros)}
     try:
         with torch.no_grad(), computing_in(model.dtype):
-            model(**tree_map(_on(model), inputs))
+            model(**tree_map(moved_to(model), inputs))
     except Exception:  # whatever a model raises that has no use for them
         return {}
     return {f"with {', '.join(zeros)}": inputs}
 
 
-def _random_like(generator: torch.Generator, zeros: torch.Tensor) -> torch.Tensor:
+def random_like(generator: torch.Generator, zeros: torch.Tensor) -> torch.Tensor:
     drawn = torch.randn(zeros.shape, generator=generator, dtype=torch.float64)
     return drawn > 0 if zeros.dtype is torch.bool else drawn.to(zeros.dtype)
 
 
-def tower_inputs(model: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """The towers of `model`, which text does not reach, each with what it is to be run on."""
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for path, tower in towers(model).items():
-        try:
-            drawn = _drawn(tower, LENGTH, generator)
-        except TraceError:  # then it was not traced either, and is the original's
-            continue
-        name = f"{path}, {_name(main_input(tower))}"
-        found[name] = tower, tree_map(_on(model), plain_inputs(tower, drawn, torch.empty(0)))
-    return found
-
-
-def _on(model: Any) -> Callable[[Any], Any]:
+def moved_to(model: Any) -> Callable[[Any], Any]:
     """What moves a tensor to where `model` wants its inputs."""
     device = input_device(model)
     return lambda each: each.to(device) if isinstance(each, torch.Tensor) else each

@@ -12,6 +12,7 @@ from typing import Any
 
 import tiny
 import torch
+from torch.utils._pytree import tree_leaves
 
 import normconvert
 from normconvert.ir.event import ignore
@@ -24,7 +25,8 @@ from normconvert.source import Checkpoint, open_checkpoint
 from normconvert.trace import trace
 from normconvert.verify.decoding import stepwise_logits
 from normconvert.verify.loading import load_model
-from normconvert.verify.tokens import input_sets, tower_inputs
+from normconvert.verify.tokens import input_sets
+from normconvert.verify.towers import tower_outputs
 
 _LENGTH = 11
 REWRITES: tuple[Any, ...] = ("flashnorm", "rmsnorm", "crmsnorm")
@@ -120,19 +122,23 @@ def _run(
             for key, value in list(sets.values())[-1].items()
         }
     with torch.no_grad(), float64():
-        outputs = [model(**inputs)]
-        for tower, given in tower_inputs(model).values():
-            with suppress(Exception):  # it needs more: it is not traced either
-                outputs.append(tower(**given))
-    found = [getattr(output, "logits", output[0]) for output in outputs]
-    pooled = [getattr(output, "pooler_output", None) for output in outputs]
-    found += [each for each in pooled if each is not None]
+        output = model(**inputs)
+        found = [getattr(output, "logits", output[0])]
+        found += [each for each in [getattr(output, "pooler_output", None)] if each is not None]
+        for output in tower_outputs(model).values():
+            found += floats(output)
     if "input_ids" in inputs and "decoder_input_ids" not in inputs:
         ids = inputs["input_ids"].repeat(1, 5)
         for run in (lambda: model(ids).logits, lambda: stepwise_logits(model, ids)):
             with torch.no_grad(), float64(), suppress(Exception):  # not so long, or no cache
                 found.append(run())
     return inputs, torch.cat([each.flatten() for each in found])
+
+
+def floats(output: Any) -> list[torch.Tensor]:
+    """All numbers that a model returned."""
+    leaves = (each for each in tree_leaves(output) if isinstance(each, torch.Tensor))
+    return [each for each in leaves if each.is_floating_point()]
 
 
 def _refusal(error: Exception, source: Checkpoint) -> str:

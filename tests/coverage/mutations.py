@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import tiny
 import torch
-from measure import REWRITES
+from measure import REWRITES, floats
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
@@ -34,7 +34,8 @@ from normconvert.source import Checkpoint, open_checkpoint
 from normconvert.trace import trace
 from normconvert.verify import certify, logits
 from normconvert.verify.loading import load_model
-from normconvert.verify.tokens import input_sets, tower_inputs
+from normconvert.verify.tokens import input_sets
+from normconvert.verify.towers import tower_outputs
 
 MOVED_BY = 2.0**-7  # of the element: its last place, were it stored in bfloat16
 WEIGHTS = "model.safetensors"
@@ -233,7 +234,9 @@ def _outputs(checkpoint: Checkpoint) -> tuple[torch.Tensor, ...]:
     sets, _ = input_sets(model, checkpoint, None, trust_remote_code=False)
     with torch.no_grad(), float64():
         outputs: list[Any] = [model(**inputs) for inputs in sets.values()]
-        outputs += [tower(**given) for tower, given in tower_inputs(model).values()]
-    found = [getattr(output, "logits", output[0]) for output in outputs]
-    pooled = [getattr(output, "pooler_output", None) for output in outputs]
-    return (*found, *(each for each in pooled if each is not None))
+        found = [getattr(output, "logits", output[0]) for output in outputs]
+        pooled = [getattr(output, "pooler_output", None) for output in outputs]
+        found += [each for each in pooled if each is not None]
+        for output in tower_outputs(model).values():
+            found += floats(output)
+    return tuple(found)

@@ -75,6 +75,7 @@ MORE_SIZES: Mapping[str, Any] = {
     "num_blocks": 3, "d_kv": 10,
     "indexer_n_heads": 3, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 6,
     "indexer_compress_ratio": 3,
+    "image_token_id": 100, "image_token_index": 100, "audio_token_id": 99, "video_token_id": 98,
 }  # fmt: skip
 
 _LATENT: Mapping[str, Any] = {"num_key_value_heads": 9}  # every head has its own keys
@@ -83,6 +84,12 @@ _MROPE: Mapping[str, Any] = {
         "vocab_size": 101, "hidden_size": 54, "intermediate_size": 88, "num_hidden_layers": 3,
         "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 64,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]},
+    }
+}  # fmt: skip
+_SIGLIP: Mapping[str, Any] = {  # four patches a side, which are merged two by two
+    "vision_config": {
+        "hidden_size": 54, "num_hidden_layers": 3, "num_attention_heads": 9,
+        "intermediate_size": 88, "image_size": 12, "patch_size": 3,
     }
 }  # fmt: skip
 _ONE_CODEBOOK: Mapping[str, Any] = {
@@ -120,10 +127,21 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "InternVLForConditionalGeneration": {
         "vision_config": {"hidden_size": 54, "num_hidden_layers": 3, "num_attention_heads": 9,
                           "intermediate_size": 88, "image_size": [12, 12], "patch_size": [3, 3]}},
-    "AyaVisionForConditionalGeneration": {  # it merges patches two by two
-        "vision_config": {"hidden_size": 54, "num_hidden_layers": 3, "num_attention_heads": 9,
-                          "intermediate_size": 88, "image_size": 12, "patch_size": 3}},
+    "AyaVisionForConditionalGeneration": _SIGLIP,
+    "Idefics3ForConditionalGeneration": _SIGLIP,
     "Gemma3ForConditionalGeneration": {"mm_tokens_per_image": 25},
+    "PaliGemmaForConditionalGeneration": {"projection_dim": 54},
+    "LlavaNextForConditionalGeneration": {"image_grid_pinpoints": [[15, 30], [30, 15], [30, 30]]},
+    "MllamaForConditionalGeneration": {
+        "text_config": {
+            "vocab_size": 101, "hidden_size": 54, "intermediate_size": 88, "num_hidden_layers": 3,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 64,
+            "cross_attention_layers": [1], "pad_token_id": 0},
+        "vision_config": {
+            "hidden_size": 54, "intermediate_size": 88, "num_hidden_layers": 3,
+            "num_global_layers": 1, "attention_heads": 9, "image_size": 15, "patch_size": 5,
+            "max_num_tiles": 3, "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [2, 1], [3, 1]],
+            "intermediate_layers_indices": [0, 1], "vision_output_dim": 162}},
     "DINOv3ViTModel": {"hidden_size": 72},  # rotary embeddings of two dimensions
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "blt": {

@@ -1,0 +1,139 @@
+"""The parts of a model of text that read images or spectra, and what each is run on.
+
+A pass on text runs none of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from normconvert.images import accepted, images, setting, told
+from normconvert.model_inputs import (
+    MAIN_INPUTS,
+    in_patches,
+    main_input,
+    main_shape,
+    plain_inputs,
+    trace_inputs,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """Something to run beside a model of text: `run`, on `inputs`, which are zeros but for numbers.
+
+    `name` is the path of what is run. `alone` says that it is a tower by itself; what it returns
+    of its inside, others than this model may read.
+    """
+
+    name: str
+    part: PreTrainedModel
+    run: Callable[..., Any]
+    inputs: dict[str, Any]
+    alone: bool
+
+
+def towers(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The parts of a model of text that read images or spectra instead, by their paths."""
+    from transformers import PreTrainedModel
+
+    found: dict[str, PreTrainedModel] = {}
+    if main_input(model) != "input_ids" or "decoder_input_ids" in accepted(model.forward):
+        return found
+    for path, part in model.named_modules():
+        inside = any(path.startswith(f"{tower}.") for tower in found)
+        if isinstance(part, PreTrainedModel) and not inside and _senses(part):
+            found[path] = part
+    return found
+
+
+def _senses(part: PreTrainedModel) -> bool:
+    known = in_patches(part) or not set(MAIN_INPUTS).isdisjoint(accepted(part.forward))
+    return known and main_input(part) != "input_ids"
+
+
+def tower_passes(model: PreTrainedModel, batch: int, length: int) -> Iterator[Pass]:
+    """The passes that run what a pass on text leaves out.
+
+    Each tower by itself; and what makes of its output that which the text model reads: a method of
+    transformers' models, or the whole model, on `length` tokens beside the images.
+    """
+    for path, tower in towers(model).items():
+        try:
+            with torch.device(model.device):
+                main = torch.zeros(main_shape(tower, batch, length), dtype=model.dtype)
+            inputs = plain_inputs(tower, main, torch.empty(0))
+            beside = _beside(model, path, tower, main, length)
+        except Exception:  # of no known size; a config may hold anything
+            continue
+        yield Pass(name=path, part=tower, run=tower, inputs=inputs, alone=True)
+        if beside is not None:
+            yield beside
+
+
+def _beside(
+    model: PreTrainedModel, path: str, tower: PreTrainedModel, main: torch.Tensor, length: int
+) -> Pass | None:
+    """The pass that makes of `main`, which `tower` reads, what the text model reads."""
+    kind = "audio" if main_input(tower) == "input_features" else "image"
+    method = f"get_{kind}_features"
+    owners = [
+        (name, part)
+        for name, part in model.named_modules()
+        if path.startswith(f"{name}." if name else "") and hasattr(part, method)
+    ]
+    if owners:
+        name, part = owners[-1]
+        run = getattr(part, method)
+        inputs = _features_inputs(part, run, tower, main)
+        name = f"{name}.{method}" if name else method
+        return Pass(name=name, part=part, run=run, inputs=inputs, alone=False)
+    if main_input(tower) not in accepted(model.forward):
+        return None
+    inputs = trace_inputs(model, len(main), length)
+    inputs["input_ids"] = _tokens(model, len(main), length)
+    inputs |= _features_inputs(model, model.forward, tower, main)
+    return Pass(name="", part=model, run=model, inputs=inputs, alone=False)
+
+
+def _features_inputs(
+    part: PreTrainedModel, run: Callable[..., Any], tower: PreTrainedModel, main: torch.Tensor
+) -> dict[str, Any]:
+    """What `run` of `part` takes for `tower` to read `main`."""
+    names = accepted(run)
+    if main_input(tower) == "input_features":
+        return {"input_features": main}
+    _, numbers = images(tower, len(main))
+    if main.ndim == _WHOLE:
+        if "pixel_attention_mask" in names:  # the images of each sequence, of which zeros are none
+            with unset_fake_temporarily():
+                main = torch.ones(len(main), 1, *main.shape[1:], dtype=main.dtype)
+        elif getattr(part.config, "image_grid_pinpoints", None):
+            tiles = _most_tiles(part, main.shape[-1])
+            main = main.unsqueeze(1).expand(-1, tiles, -1, -1, -1)
+    name = "pixel_values" if "pixel_values" in names else names[0]
+    return {name: main, **told(run, numbers)}
+
+
+_WHOLE = 4  # axes of images that are not cut
+
+
+def _most_tiles(part: PreTrainedModel, side: int) -> int:
+    """Into how many tiles an image may be cut, and one of it all."""
+    sizes = setting(part, "image_grid_pinpoints")
+    return 1 + max(int(-(-height // side) * -(-width // side)) for height, width in sizes)
+
+
+def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    vocabulary: int = model.config.get_text_config().vocab_size
+    with torch.device(model.device):
+        return torch.arange(batch * length).remainder(vocabulary).reshape(batch, length)
