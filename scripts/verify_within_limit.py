@@ -4,7 +4,8 @@
 
 makes a random bfloat16 Llama of that many times the limit, folds its norms, and runs
 `normconvert verify-equivalence` in a control group that has no more memory than the limit. Prints
-how that ended, and the most that was used. Whatever needs more is killed by the kernel.
+how that ended, and the most that was used beside what is kept of files, which is given up when
+memory is short. Whatever needs more is killed by the kernel.
 """
 
 from __future__ import annotations
@@ -35,24 +36,34 @@ def main() -> int:
     command = [sys.executable, "-m", "normconvert"]
     with tempfile.TemporaryDirectory(dir=options.folder) as name, control_group(limit) as group:
         source, output = Path(name, "source"), Path(name, "output")
+        report = Path(name, "report.json")
         make_llama(source, round(options.times * limit))
         subprocess.run([*command, "flashnorm", source, "-o", output, "--no-verify"], check=True)
         start = time.perf_counter()
-        done = subprocess.run(
-            [*command, "verify-equivalence", source, output, "--json", "-"],
-            stdout=subprocess.PIPE,
+        process = subprocess.Popen(
+            [*command, "verify-equivalence", source, output, "--json", report],
             preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())) and None,
         )
+        taken = 0
+        while process.poll() is None:
+            taken = max(taken, used(group))
+            time.sleep(0.02)
         seconds = time.perf_counter() - start
         nbytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        peaks = (group / each for each in ("memory.max_usage_in_bytes", "memory.peak"))
-        peak = next(int(path.read_text()) for path in peaks if path.is_file())
-    print(f"limit {limit / 2**20:.0f} MiB, each model {nbytes / 2**20:.0f} MiB: status ", end="")
-    print(f"{done.returncode}, {seconds:.0f} s, at most {peak / 2**20:.0f} MiB, files in the cache")
-    if done.returncode == 0:
-        report = json.loads(done.stdout)
-        print(f"equivalent, computed in {report['dtype']}: {report['notes']}")
-    return done.returncode
+        print(f"limit {options.limit_mib} MiB, each model {nbytes / 2**20:.0f} MiB: ", end="")
+        print(f"status {process.returncode}, {seconds:.0f} s, ", end="")
+        print(f"at most {taken / 2**20:.0f} MiB beside files")
+        if process.returncode == 0:
+            found = json.loads(report.read_text())
+            print(f"equivalent, computed in {found['dtype']}: {found['notes']}")
+    return process.returncode
+
+
+def used(group: Path) -> int:
+    """The bytes that the processes of `group` have now, without what is only kept of files."""
+    lines = (group / "memory.stat").read_text().splitlines()
+    found = dict(line.split() for line in lines)
+    return int(found["anon"] if "anon" in found else found["rss"])
 
 
 @contextmanager

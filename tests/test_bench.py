@@ -43,7 +43,7 @@ NORMS = (
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A report as JSON, of a model that is converted for it."""
     here = tmp_path_factory.mktemp("llama")
-    with nothing_written(here):
+    with nothing_written(here), mock.patch("psutil.getloadavg", return_value=(0.5, 9.0, 9.0)):
         return run_here("bench", MODELS / "tiny-llama", *QUICK, "--json", cwd=here)
 
 
@@ -53,7 +53,8 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     here = tmp_path_factory.mktemp("gpt2")
     convert(MODELS / "tiny-gpt2", here / "converted", "crmsnorm", verify=False)
     command = ("bench", MODELS / "tiny-gpt2", "converted", *QUICK, "--plot", "bench.png")
-    return run_here(*command, cwd=here, columns=80), here / "bench.png"
+    with mock.patch("psutil.getloadavg", return_value=(1000.0, 0.0, 0.0)):
+        return run_here(*command, cwd=here, columns=80), here / "bench.png"
 
 
 def test_a_report_for_machines(llama: Run) -> None:
@@ -120,6 +121,10 @@ def test_a_report_for_people(gpt2: tuple[Run, Path]) -> None:
     for part in ("prefill: 248", "decode: 1 token", "training step", "as_rmsnorm", "as_crmsnorm"):
         assert part in words
     assert "this model's" not in words  # its norm is torch's LayerNorm
+    assert "The machine was busy when this began (a load of 1000.0 on" in words
+    shares = [line.split("│")[-2].strip() for line in lines if line.startswith("│   converted ")]
+    assert len(shares) == 2  # of what is trained nothing is converted
+    assert ("No share is given" in words) == ("" in shares)
     claims = [line for line in lines if "Here: " in line]
     assert len(claims) == 2
     for claim in claims:

@@ -18,9 +18,11 @@ import normconvert
 import zoo
 from command_line import run_here
 from normconvert.source import open_checkpoint
-from normconvert.verify import placement
+from normconvert.verify import decoding, placement
 from normconvert.verify.loading import load_model
 from normconvert.verify.noise import perturbed
+from normconvert.verify.tokens import LENGTH, SEQUENCES
+from normconvert.verify.tokens import LENGTH_ON_DISK as ON_DISK
 
 MODELS = Path(__file__).parents[1] / "models"
 STATUS = Path("/proc/self/status")
@@ -64,7 +66,10 @@ def test_what_does_not_fit_gives_the_same_figures(
     pairs: dict[str, tuple[Path, Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = normconvert.verify_equivalence(*pairs[name])
+    with monkeypatch.context() as as_few:  # tokens
+        for module in ("tokens", "decoding"):
+            as_few.setattr(f"normconvert.verify.{module}.on_disk", lambda _: True)
+        expected = normconvert.verify_equivalence(*pairs[name])
     shares = on_disk(monkeypatch, 10)
     max_memory = None if limit is None else {"cpu": limit}
     found = normconvert.verify_equivalence(*pairs[name], max_memory=max_memory)
@@ -77,6 +82,10 @@ def test_what_does_not_fit_gives_the_same_figures(
             assert getattr(one, figure) == pytest.approx(getattr(other, figure), rel=1e-6)
     assert found.differing_tensors == expected.differing_tensors
     assert found.generation == expected.generation
+    assert found.generation is not None
+    assert found.generation.tokens == decoding.GREEDY_ON_DISK < decoding.GREEDY
+    assert any("fewer tokens" in note for note in found.notes)
+    assert not any("fewer tokens" in note for note in expected.notes)
 
 
 def test_a_fault_on_disk_is_found(
@@ -171,11 +180,15 @@ def most_memory() -> Iterator[list[int]]:
 def test_the_options(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
     command = ("verify-equivalence", *pairs["tiny-llama"])
     plain = run_here(*command, "--json", "-", cwd=tmp_path).json()
-    for options in (["--device", "cpu"], ["--device-map", "auto", "--max-memory", "cpu=300KB"]):
-        result = run_here(*command, *options, "--json", "-", cwd=tmp_path)
+    on_device = run_here(*command, "--device", "cpu", "--json", "-", cwd=tmp_path)
+    limited = ("--device-map", "auto", "--max-memory", "cpu=300KB")
+    in_part = run_here(*command, *limited, "--json", "-", cwd=tmp_path)
+    for result, positions in ((on_device, SEQUENCES * LENGTH), (in_part, SEQUENCES * ON_DISK)):
         assert (result.status, result.err) == (0, "")
-        for one, other in zip(result.json()["comparisons"], plain["comparisons"], strict=True):
-            assert one["max"] == pytest.approx(other["max"], rel=1e-6)
+        one, other = result.json()["comparisons"][0], plain["comparisons"][0]
+        assert one["positions"] == positions
+        same = one["max"] == pytest.approx(other["max"], rel=1e-6)
+        assert same == (positions == other["positions"])
     for options, words in (
         (["--device", "nowhere"], ("'nowhere' is no device", "such as cpu")),
         (["--device", "hpu:0"], ("No model can be put on 'hpu:0'", "such as cpu")),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import transformers
 from torch import nn
@@ -45,6 +47,7 @@ def measure(
         BenchError: one of the models cannot be loaded or run here.
         VerificationError: there is no such device here.
     """
+    busy = _busy()
     require_device(options.device)
     device, trust = torch.device(options.device), options.trust_remote_code
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
@@ -83,7 +86,10 @@ def measure(
             transformers=transformers.__version__,
             measurements=tuple(measurements),
             claims=claims(measurements, rules),
-            notes=tuple(f"The ceiling keeps {norm}, which is not known." for norm in _kept(graph)),
+            notes=(
+                *busy,
+                *(f"The ceiling keeps {norm}, which is not known." for norm in _kept(graph)),
+            ),
         )
 
 
@@ -170,6 +176,17 @@ def _require_memory(model: Any, checkpoint: Checkpoint) -> None:
             f"{checkpoint.model}, and {free / 1e9:.1f} GB are free; give --dtype bfloat16, or a "
             "smaller model of the same kind."
         )
+
+
+def _busy() -> tuple[str, ...]:
+    """A note if others want the cores: what waits for one is not slowed down alike."""
+    load, cores = psutil.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores:
+        return ()
+    return (
+        f"The machine was busy when this began (a load of {load:.1f} on {cores} cores), and these "
+        "figures say little; measure again when it is not.",
+    )
 
 
 def _kept(graph: Graph) -> list[str]:

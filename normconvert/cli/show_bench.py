@@ -13,6 +13,11 @@ from normconvert.ir.bench import CONVERTED
 if TYPE_CHECKING:
     from normconvert.ir.bench import Bench, Claim, Measurement, Quartiles
 
+_NO_SHARE = (
+    "No share is given where in a quarter of the rounds the ceiling was no faster: "
+    "there is no gain for sure."
+)
+
 
 def show_bench(report: Bench) -> None:
     """What was measured, in the order in which it was, and the papers' claims beside it."""
@@ -23,6 +28,8 @@ def show_bench(report: Bench) -> None:
     console.print(f"Converted{rules}: {escape(report.converted or made)}", soft_wrap=True)
     console.print(_norms(report))
     console.print(_models(report))
+    if any(each.timing(CONVERTED) and each.share is None for each in report.measurements):
+        console.print(_NO_SHARE, soft_wrap=True)
     for each in report.measurements:
         if each.note is not None:
             console.print(f"[yellow]{title(each)}[/]: {escape(each.note)}", soft_wrap=True)

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from normconvert.ir.report import Generation
 from normconvert.precision import computing_in
+from normconvert.verify.placement import on_disk
 from normconvert.verify.tokens import as_text
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 
     from normconvert.source import Checkpoint
 
-PROMPT, PADDING, STEPS, GREEDY = 12, 3, 4, 16
+PROMPT, PADDING = 12, 3
+STEPS, GREEDY = 4, 16
+STEPS_ON_DISK, GREEDY_ON_DISK = 2, 4
+"""Where every token means that all weights are read."""
 
 
 class _Forced(LogitsProcessor):  # type: ignore[misc]  # transformers imports it lazily
@@ -33,7 +37,7 @@ class _Forced(LogitsProcessor):  # type: ignore[misc]  # transformers imports it
 def tokens_to_step(
     model: Any, sets: dict[str, dict[str, Any]]
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """What to generate from, [1, PROMPT], and the tokens to step on, [sequences, PROMPT + STEPS].
+    """What to generate from, [1, PROMPT], and the tokens to step on, [sequences, length].
 
     The first ones of the first of the inputs `sets`, and of the last; None if these are no tokens,
     or not enough, or the model takes no such steps.
@@ -41,9 +45,10 @@ def tokens_to_step(
     first, last = (inputs.get("input_ids") for inputs in ([*sets.values()][i] for i in (0, -1)))
     if first is None or last is None or not model.can_generate():
         return None, None
-    if min(first.shape[1], last.shape[1]) < PROMPT + STEPS:
+    length = PROMPT + (STEPS_ON_DISK if on_disk(model) else STEPS)
+    if min(first.shape[1], last.shape[1]) < length:
         return None, None
-    return first[:1, :PROMPT], last[:, : PROMPT + STEPS]
+    return first[:1, :PROMPT], last[:, :length]
 
 
 def stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -53,23 +58,25 @@ def stepwise_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     All sequences but the first begin with padding, if the model's code can do with it.
     """
     prompt, forced = ids[:, :PROMPT], [_Forced(ids)]
+    steps = min(STEPS, ids.shape[1] - PROMPT)
     mask = torch.ones_like(prompt)
     mask[1:, :PADDING] = 0
     try:
-        output = _generated(model, prompt, STEPS, forced, mask)
+        output = _generated(model, prompt, steps, forced, mask)
     except Exception:  # a model's own code may raise anything
-        output = _generated(model, prompt, STEPS, forced)
+        output = _generated(model, prompt, steps, forced)
     return torch.cat(output.logits)
 
 
 def continuation(model: Any, prompt: torch.Tensor) -> tuple[int, ...] | None:
-    """The GREEDY tokens that `model` finds the likeliest after `prompt`, [1, length].
+    """The tokens that `model` finds the likeliest after `prompt`, [1, length].
 
     None if it does not generate by itself.
     """
+    count = GREEDY_ON_DISK if on_disk(model) else GREEDY
     try:
         with torch.no_grad(), computing_in(model.dtype):
-            output = _generated(model, prompt, GREEDY, [])
+            output = _generated(model, prompt, count, [])
     except Exception:  # a model's own code may raise anything
         return None
     return tuple(output.sequences[0, prompt.shape[1] :].tolist())

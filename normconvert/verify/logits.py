@@ -33,6 +33,7 @@ from normconvert.verify.placement import (
     Placement,
     choose,
     main_dtype,
+    on_disk,
     replace_weights,
     shapes,
     weights,
@@ -89,6 +90,8 @@ def compare(
     with _Runner(compute, placement, returns, trust_remote_code, listen) as run:
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code, other=converted)
+        if on_disk(model):
+            notes += ("Not all weights fit into memory: fewer tokens were read, and written.",)
         generates = "AutoModelForCausalLM" in auto_classes(type(model), model.config)
         prompt, steps = tokens_to_step(model, sets)
         written = [None if prompt is None else continuation(model, prompt)]

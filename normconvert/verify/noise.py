@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import torch
 
-_PIECE = 2**17
-"""Of how many weights noise is made at a time: in float64 that of a whole head is large."""
+_PIECE = 2**15
+"""Of how many weights noise is made at a time: what is computed of them stays in the cache."""
+
+_EXPONENT = 0x7FF0_0000_0000_0000
+"""The bits of a float64 that are left of the largest power of 2 in it."""
 
 
 def perturbed(
@@ -53,6 +56,5 @@ def _perturbed(
 def unit_in_the_last_place(weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """The distance to the next number of the dtype `stored` at each weight, in float64; 0 at 0."""
     info = torch.finfo(stored)
-    _, exponent = torch.frexp(weight.to(torch.float64))
-    power = torch.ldexp(torch.ones_like(weight, dtype=torch.float64), exponent - 1)
+    power = (weight.to(torch.float64).view(torch.int64) & _EXPONENT).view(torch.float64)
     return power.clamp(min=info.smallest_normal) * info.eps * (weight != 0)

@@ -160,6 +160,11 @@ def input_device(model: Any) -> torch.device:
     return torch.device(next((each for each in places if each not in ("cpu", "disk")), "cpu"))
 
 
+def on_disk(model: Any) -> bool:
+    """Whether each run of `model` reads some of its weights from disk."""
+    return "disk" in getattr(model, "hf_device_map", {}).values()
+
+
 def weights(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and every buffer that is stored, one after the other; shared ones again."""
     known: Mapping[str, torch.Tensor] = next((each.dataset for each in _offloaded(model)), {})

@@ -19,7 +19,7 @@ from normconvert.model_inputs import (
     reads_ids,
 )
 from normconvert.precision import computing_in
-from normconvert.verify.placement import input_device
+from normconvert.verify.placement import input_device, on_disk
 from normconvert.verify.stored import Stored
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from normconvert.source import Checkpoint
 
-SEQUENCES, LENGTH = 2, 128
+SEQUENCES, LENGTH, LENGTH_ON_DISK = 2, 128, 32
 
 
 def input_sets(
@@ -138,7 +138,8 @@ def _name(main: str) -> str:
 
 def _limits(model: Any) -> tuple[int, int]:
     """The vocabulary of the model, and how many tokens of it are read at once."""
-    return model.config.get_text_config().vocab_size, min(LENGTH, longest(model) or LENGTH)
+    most = LENGTH_ON_DISK if on_disk(model) else LENGTH
+    return model.config.get_text_config().vocab_size, min(most, longest(model) or most)
 
 
 def _token_sets(

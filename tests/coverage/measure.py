@@ -52,6 +52,17 @@ class Row:
         return [self.name, self.model, self.norms, self.folded, self.rmsnorm, self.crmsnorm, kept]
 
 
+def request(rewrite: Any) -> Request:
+    """One rewrite, in the format that it has by default, with everything else left as it is."""
+    return Request(
+        rewrites=(rewrite,),
+        format="stock" if rewrite == "flashnorm" else "native",
+        tied="keep",
+        dtype="keep",
+        fraction=1.0,
+    )
+
+
 def measure(name: str, folder: Path, *, compare: bool = True) -> Row:
     """Save the model called `name`, convert the checkpoint with what applies, and compare.
 
@@ -74,15 +85,8 @@ def measure(name: str, folder: Path, *, compare: bool = True) -> Row:
     inputs, before = _run(source) if compare else ({}, torch.empty(0))
     results, errors = {}, [0.0]
     for rewrite in REWRITES if layer_norms else REWRITES[:1]:
-        request = Request(
-            rewrites=(rewrite,),
-            format="stock" if rewrite == "flashnorm" else "native",
-            tied="keep",
-            dtype="keep",
-            fraction=1.0,
-        )
         try:
-            converted, _ = settle(graph, source, request)  # the trace is most of the time
+            converted, _ = settle(graph, source, request(rewrite))  # the trace is most of the time
         except normconvert.NormconvertError as error:
             results[rewrite] = _refusal(error, source)
             continue

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import tiny
 import torch
-from measure import REWRITES, floats
+from measure import REWRITES, floats, request
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 
@@ -29,7 +29,7 @@ from normconvert.ir.graph import Graph
 from normconvert.ir.plan import Plan
 from normconvert.precision import float64
 from normconvert.rewrite import write
-from normconvert.settle import Request, settle
+from normconvert.settle import settle
 from normconvert.source import Checkpoint, open_checkpoint
 from normconvert.trace import trace
 from normconvert.verify import certify, logits
@@ -88,15 +88,8 @@ def _judgements(
     compare_wrong: bool,
 ) -> Iterator[Judgement]:
     for rewrite in REWRITES:
-        request = Request(
-            rewrites=(rewrite,),
-            format="stock" if rewrite == "flashnorm" else "native",
-            tied="keep",
-            dtype="keep",
-            fraction=1.0,
-        )
         try:
-            plan, _ = settle(graph, source, request)
+            plan, _ = settle(graph, source, request(rewrite))
         except NormconvertError:
             continue
         output = folder / rewrite
