@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
+from transformers import Cache
 
 from normconvert.errors import TraceError
 from normconvert.images import GRIDS, accepted, images, setting, told
@@ -159,10 +161,12 @@ def inputs_in_use(
 def handed_back(model: PreTrainedModel, output: Any) -> dict[str, Any]:
     """What `model` gave back in `output` that it takes as well: its cache, by whatever name."""
     names = accepted(model.forward)
-    if not isinstance(output, Mapping) or "use_cache" not in names:
+    if not reads_ids(model):
         return {}
-    taken = (name for name in output if name in names)
-    return {name: output[name] for name in taken if output[name] is not None}
+    if isinstance(output, Mapping):
+        return {name: output[name] for name in names if output.get(name) is not None}
+    cache = next((each for each in tree_leaves(output) if isinstance(each, Cache)), None)
+    return {"past_key_values": cache} if cache and "past_key_values" in names else {}
 
 
 def all_wanted(model: PreTrainedModel, logits: tuple[int | str, ...]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ A converted model must compute the same with it, or it must not be made.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -299,26 +299,26 @@ def test_the_way_of_an_image_is_known(tmp_path: Path) -> None:
     assert any(name.startswith("model.get_image_features.") for name, _ in graph.towers)
 
 
-class _OnOneToken(LlamaMLP):  # type: ignore[misc]
+class _OnThreeTokens(LlamaMLP):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.side = torch.nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = super().forward(x)
-        return output + self.side(torch.cat([x, x], -1)) if x.shape[1] == 1 else output
+        return output + self.side(torch.cat([x, x], -1)) if x.shape[1] == 3 else output
 
 
-class OnOneTokenForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+class OnThreeTokensForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model.layers[1].mlp = _OnOneToken(config)
+        self.model.layers[1].mlp = _OnThreeTokens(config)
 
 
-def test_a_weight_for_single_tokens(tmp_path: Path) -> None:
+def test_a_weight_for_three_tokens(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
-    source = save(lambda: OnOneTokenForCausalLM(config), tmp_path / "source")
-    plan = normconvert.inspect(source, model_class=OnOneTokenForCausalLM).plan
+    source = save(lambda: OnThreeTokensForCausalLM(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=OnThreeTokensForCausalLM).plan
     kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
     assert kept == {
         "model.layers.1.post_attention_layernorm": "model.layers.1.mlp.side.weight, which was not "
@@ -348,7 +348,7 @@ def test_a_norm_that_is_added_in_long_texts(tmp_path: Path) -> None:
     kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
     assert kept == {
         "model.layers.1.post_attention_layernorm": "it is added to another activation in "
-        "model.layers.1.mlp, not multiplied by a weight"
+        "model.layers.1.mlp on a long text, not multiplied by a weight"
     }
 
 
@@ -382,33 +382,126 @@ def test_a_stream_that_is_squared_in_long_texts(positions: int, tmp_path: Path) 
         assert convert().status == "converted"
 
 
-class _WithAMask(LlamaMLP):  # type: ignore[misc]
-    masked = False
+_IN_USE = "on a batch of one with a mask, a cache, labels and all outputs"
+_WITH_A_CACHE = "on one token with a cache"
+CONDITIONS: Mapping[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
+    "a mask": (lambda given: given.get("attention_mask") is not None, _IN_USE),
+    "use_cache": (lambda given: bool(given.get("use_cache")), _IN_USE),
+    "labels": (lambda given: given.get("labels") is not None, _IN_USE),
+    "output_attentions": (lambda given: bool(given.get("output_attentions")), _IN_USE),
+    "output_hidden_states": (lambda given: bool(given.get("output_hidden_states")), _IN_USE),
+    "one text": (lambda given: given["input_ids"].shape[0] == 1, _IN_USE),
+    "gradients": (lambda given: torch.is_grad_enabled(), _IN_USE),
+    "one token": (lambda given: given["input_ids"].shape[1] == 1, _WITH_A_CACHE),
+    "a cache": (lambda given: given.get("past_key_values") is not None, _WITH_A_CACHE),
+}
+
+
+class _Otherwise(LlamaMLP):  # type: ignore[misc]
+    otherwise = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = super().forward(x)
-        return output + x if self.masked else output
+        return output + x if self.otherwise else output
 
 
-class WithAMaskForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+class OtherwiseForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """Reads a norm in another way on a condition, and may not take some inputs at all."""
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.model.layers[1].mlp = _WithAMask(config)
+        self.model.layers[1].mlp = _Otherwise(config)
 
-    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
-        self.model.layers[1].mlp.masked = attention_mask is not None
-        return super().forward(input_ids, attention_mask, **kwargs)
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        use_cache: Any = None,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = {name: each for name, each in locals().items() if name != "self"} | kwargs
+        self.model.layers[1].mlp.otherwise = CONDITIONS[self.config.condition][0](given)
+        if any(given.get(name) is not None for name in self.config.refused):
+            raise NotImplementedError
+        return super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, labels=labels,
+            use_cache=use_cache, **kwargs,
+        )  # fmt: skip
 
 
-def test_a_norm_that_is_added_if_a_mask_is_given(tmp_path: Path) -> None:
-    """As generation does, which the verification compares."""
-    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
-    source = save(lambda: WithAMaskForCausalLM(config), tmp_path / "source")
-    conversion = normconvert.convert(source, tmp_path / "output", model_class=WithAMaskForCausalLM)
-    assert conversion.status == "rejected"
-    assert conversion.verification is not None
-    wrong = [each.tokens for each in conversion.verification.comparisons if not each.equivalent]
-    assert wrong == ["token by token"]
+def _kept_otherwise(condition: str, refused: tuple[str, ...], folder: Path) -> dict[str, str]:
+    config = transformers.LlamaConfig(
+        **_SMALL, vocab_size=101, condition=condition, refused=refused
+    )
+    source = save(lambda: OtherwiseForCausalLM(config), folder / "source")
+    plan = normconvert.inspect(source, model_class=OtherwiseForCausalLM).plan
+    return {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
+
+
+def _added(where: str) -> dict[str, str]:
+    return {
+        "model.layers.1.post_attention_layernorm": "it is added to another activation in "
+        f"model.layers.1.mlp {where}, not multiplied by a weight"
+    }
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_norm_that_is_added_in_use(condition: str, tmp_path: Path) -> None:
+    assert _kept_otherwise(condition, (), tmp_path) == _added(CONDITIONS[condition][1])
+
+
+@pytest.mark.parametrize("refused", ["labels", "output_hidden_states"])
+def test_what_a_model_does_not_take_hides_nothing_else(refused: str, tmp_path: Path) -> None:
+    for condition, where in (
+        ("a mask", "on a batch of one with a mask and a cache"),
+        ("a cache", _WITH_A_CACHE),
+    ):
+        found = _kept_otherwise(condition, (refused,), tmp_path / condition)
+        assert found == _added(where)
+
+
+def test_a_model_that_takes_no_cache_loses_nothing(tmp_path: Path) -> None:
+    assert _kept_otherwise("a cache", ("past_key_values", "labels"), tmp_path) == {}
+
+
+class _BlockWithACache(GPT2Block):  # type: ignore[misc]
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        output: torch.Tensor = super().forward(*args, **kwargs)
+        return output + output.square() if output.shape[:2] == (1, 1) else output
+
+
+class WithACacheLMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.h[1] = _BlockWithACache(config, layer_idx=1)
+
+
+def test_a_stream_that_is_squared_with_a_cache(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=101, n_embd=54, n_layer=3, n_head=9, n_positions=64, tie_word_embeddings=False
+    )
+    source = save(lambda: WithACacheLMHeadModel(config), tmp_path / "source")
+    with pytest.raises(normconvert.PlanError, match=rf"in transformer\.h\.1 {_WITH_A_CACHE}"):
+        normconvert.convert(
+            source, tmp_path / "output", "rmsnorm", format="stock", verify=False,
+            model_class=WithACacheLMHeadModel,
+        )  # fmt: skip
+
+
+class ReturnsATupleForCausalLM(OtherwiseForCausalLM):
+    @wraps(OtherwiseForCausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        return super().forward(*args, **kwargs).to_tuple()
+
+
+def test_a_cache_in_a_tuple(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101, condition="a cache", refused=())
+    source = save(lambda: ReturnsATupleForCausalLM(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=ReturnsATupleForCausalLM).plan
+    assert {v.norm: v.reason for v in plan.verdicts if v.action == "keep"} == _added(_WITH_A_CACHE)
 
 
 class _AsDataSays(LlamaAttention):  # type: ignore[misc]
@@ -432,7 +525,8 @@ def test_both_ways_of_a_branch_on_data_are_traced(added_if: bool, tmp_path: Path
     source = save(lambda: AsDataSaysForCausalLM(config), tmp_path / "source")
     plan = normconvert.inspect(source, model_class=AsDataSaysForCausalLM).plan
     kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
+    where = "model.layers.1.self_attn" + ("" if added_if else " on other data")
     assert kept == {
-        "model.layers.1.input_layernorm": "it is added to another activation in "
-        "model.layers.1.self_attn, not multiplied by a weight"
+        "model.layers.1.input_layernorm": f"it is added to another activation in {where}, "
+        "not multiplied by a weight"
     }

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from normconvert.model_inputs import trace_inputs
 from normconvert.quiet import quiet
 from normconvert.retarget.proof import Key, needed
+from normconvert.trace.forward import BATCH, LENGTH
 from normconvert.trace.loading import build
 from normconvert.trace.recorder import Recorder
-from normconvert.trace.tracer import BATCH, LENGTH, fake_tensors
+from normconvert.trace.tracer import fake_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

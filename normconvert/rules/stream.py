@@ -186,10 +186,14 @@ class _Finder:
     def _blocked(self, reach: _Reach, conflicts: Set[int]) -> dict[int, Obstacle]:
         """The ends that no edit of a tensor can center, each with the reason."""
         blocked: dict[int, Obstacle] = {}
-        for value, shift in reach.ends.items():
+        for value, shift in sorted(reach.ends.items(), key=lambda end: self._pass_of(end[0])):
             if reason := self._why_blocked(value, shift, conflicts):
                 blocked[value] = Obstacle(reason, unknown=self._is_unknown(value, shift))
         return blocked
+
+    def _pass_of(self, value: int) -> int:
+        position = self._graph.producers.get(value)
+        return 0 if position is None else self._graph.pass_of(position)
 
     def _is_unknown(self, value: int, shift: Shift) -> bool:
         """Whether the operation that makes `value`, or one that reads it, is new here."""

@@ -32,7 +32,7 @@ class NormCalls:
         """The first node of each further pass, and what is other in it."""
         self._first: dict[str, Formula | None] = {}
         self._recorder = recorder
-        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._paths: dict[int, str] = {}
         self._model = model
         self._formula: Formula | None = None
         self._probed: dict[object, Formula | None] = {}
@@ -41,6 +41,8 @@ class NormCalls:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> None:
+        # Anew for each pass: a module may put another one in the place of a part while it runs.
+        self._paths = {id(module): path for path, module in self._model.named_modules()}
         for module in self._model.modules():
             self._handles += [
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -140,7 +142,7 @@ class NormCalls:
         if len(inputs) != 1 or given != 1 or not inputs[0].is_floating_point():
             return None
         shape = tuple(size if isinstance(size, int) else 3 for size in inputs[0].shape)
-        if path in self._first and math.prod(shape) > _MOST_PROBED:
+        if path in self._first and not 0 < math.prod(shape) <= _MOST_PROBED:
             return self._first[path]
         key = (type(module), shape, _settings(module))
         if key not in self._probed:
@@ -177,9 +179,8 @@ def _weights(
     return gain, bias
 
 
-_MOST_PROBED = (
-    2**20
-)  # numbers; of more in a long text a norm is taken for what it is in a short one
+# Numbers; of more, as in a long text, or of none, a norm is taken for what it is in its first call.
+_MOST_PROBED = 2**20
 
 
 def _unused(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[str, ...]:

@@ -197,7 +197,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _not_empty(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """What `cat` joins: empty vectors, with which caches begin, fit anything and add nothing."""
-    return [tensor for tensor in tensors if tensor.shape != (0,)] or tensors
+    return [tensor for tensor in tensors if _shape(tensor) != (0,)] or tensors
 
 
 def _invented(result: Any) -> Any:

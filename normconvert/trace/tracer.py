@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-from torch.utils._pytree import keystr, tree_leaves_with_path
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from normconvert.errors import TraceError, first_line
 from normconvert.ir.graph import Graph, Tie
@@ -23,27 +21,28 @@ from normconvert.model_inputs import (
     handed_back,
     inputs_in_use,
     longest,
-    optional_inputs,
     reads_ids,
-    trace_inputs,
 )
 from normconvert.model_size import of_the_size
 from normconvert.quiet import quiet
 from normconvert.towers import tower_passes
-from normconvert.trace.caches import forgetting
 from normconvert.trace.calls import NormCalls
+from normconvert.trace.forward import (
+    BATCH,
+    LENGTH,
+    as_trace_errors,
+    output_of,
+    plain_pass,
+    values_of,
+)
 from normconvert.trace.loading import build, load, open_biases
-from normconvert.trace.naming import readable_numbers
 from normconvert.trace.recorder import Recorder
 from normconvert.trace.unread import widths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
 
     from normconvert.source import Checkpoint
-
-BATCH, LENGTH = 2, 7
-"""Sizes that no model dimension has, so that an axis can be told from its size."""
 
 LONG = 4096
 """The tokens of a long text, where the config does not say how many a model reads at once."""
@@ -162,9 +161,9 @@ def record(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
     calls = NormCalls(model, recorder)
-    returned = _run(model, recorder, calls, optional=optional)
-    count = len(recorder.nodes)
-    others = _other_ways(model, recorder, calls) if recorder.invents else []
+    returned = plain_pass(model, recorder, calls, optional=optional)
+    count, asked = len(recorder.nodes), recorder.asked
+    others = _other_ways(model, recorder, calls, asked) if recorder.invents else []
     if further and reads_ids(model):
         others += _long_run(model, recorder, calls, most_nodes=count)
     if further:
@@ -202,9 +201,9 @@ def _run_towers(
         options = {"output_hidden_states": True} if each.alone else {}
         what = "" if each.name else "beside images"
         try:
-            with _further(recorder, calls, what), _as_trace_errors(each.part, recorder):
-                output = _called(each.part, recorder, calls, each.inputs | options, run=each.run)
-                found = _named(each.part, recorder, output)
+            with _further(recorder, calls, what), as_trace_errors(each.part, recorder):
+                output = output_of(each.part, recorder, calls, each.inputs | options, run=each.run)
+                found = values_of(each.part, recorder, output)
         except TraceError as error:
             failed.append((each.name, error.module, str(error)))
             continue
@@ -216,20 +215,20 @@ def _run_towers(
 
 
 def _other_ways(
-    model: PreTrainedModel, recorder: Recorder, calls: NormCalls
+    model: PreTrainedModel, recorder: Recorder, calls: NormCalls, asked: int
 ) -> list[list[tuple[str, int]]]:
-    """A pass for each number that was invented and told, with another one: those that do run.
+    """A pass for each number that was invented and `asked` for, with another: those that do run.
 
     Raises:
         TraceError: there are too many.
     """
-    asked, found = recorder.asked, []
+    found = []
     if asked > MOST_ASKED:
         raise TraceError(f"{type(model).__name__} goes ways that depend on data {asked} times.")
     for recorder.turned in range(asked):
         recorder.asked = 0
         with suppress(TraceError), _further(recorder, calls, "on other data"):
-            found.append(_run(model, recorder, calls))
+            found.append(plain_pass(model, recorder, calls))
     recorder.turned = -1
     return found
 
@@ -260,7 +259,7 @@ def _long_run(
     recorder.most_nodes = len(recorder.nodes) + most_nodes
     try:
         with _further(recorder, calls, "on a long text"):
-            return [_run(model, recorder, calls, length=length)]
+            return [plain_pass(model, recorder, calls, length=length)]
     except TraceError:
         return []
     finally:
@@ -278,37 +277,42 @@ def _in_use(
     """Two passes on a single text as in use: all of it with a mask, then one token with the cache.
 
     The first with gradients, labels and all that the model can return besides; if it does not run
-    so, or makes no cache, without these. What cannot be run is left out.
+    so, or makes no cache, without these, and without a cache. What cannot be run is left out.
     """
     fields = {"loss", *(name.partition(".")[0] for name, _ in first)}
-    shape = next((recorder.values[value].shape for name, value in first if name == "logits"), ())
-    found = []
+    logits = next((recorder.values[value].shape for name, value in first if name == "logits"), ())
+    found: list[list[tuple[str, int]]] = []
 
     def run(what: str, inputs: dict[str, Any]) -> Any:
-        with _further(recorder, calls, what), _as_trace_errors(model, recorder):
-            output = _called(model, recorder, calls, inputs, (1, LENGTH) if optional else None)
-            if not isinstance(output, Mapping) and "labels" in inputs:
-                raise TraceError("Its outputs have no names, so that labels may move them.")
-            found.append(_named(model, recorder, output, fields))
+        with _further(recorder, calls, what), as_trace_errors(model, recorder):
+            output = output_of(model, recorder, calls, inputs, (1, LENGTH) if optional else None)
+            if inputs is full and not isinstance(output, Mapping):
+                raise TraceError("Among outputs without names, more of them move the others.")
+            values = values_of(model, recorder, output, fields)
+            found.append(values or values_of(model, recorder, output))
         return output
 
-    for wanted in (True, False):
-        with suppress(TraceError), torch.device(model.device):
-            inputs = inputs_in_use(model, LENGTH)
-            if not wanted:
-                output = run("on a batch of one with a mask and a cache", inputs)
-            else:
-                inputs |= all_wanted(model, shape)
-                with _gradients(model):
-                    output = run(
-                        "on a batch of one with a mask, a cache, labels and all outputs", inputs
-                    )
+    with torch.device(model.device):
+        plain = inputs_in_use(model, LENGTH)
+        full = plain | all_wanted(model, logits)
+    attempts = {
+        "on a batch of one with a mask, a cache, labels and all outputs": full,
+        "on a batch of one with a mask and a cache": plain,
+        "on a batch of one with a mask": {**plain, "use_cache": False},
+    }
+    output, cache = None, dict[str, Any]()
+    for what, inputs in attempts.items():
+        with suppress(TraceError), _gradients(model) if inputs is full else nullcontext():
+            output = run(what, inputs)
             cache = handed_back(model, output)
-            if cache:
-                states = output.get("encoder_last_hidden_state")
-                run("on one token with a cache", inputs_in_use(model, LENGTH, cache, states))
-            if cache or "use_cache" not in inputs:
-                break
+        if cache or (found and (inputs is plain or "use_cache" not in plain)):
+            break
+    if cache:
+        with suppress(TraceError):
+            states = getattr(output, "encoder_last_hidden_state", None)
+            with torch.device(model.device):
+                inputs = inputs_in_use(model, LENGTH, cache, states)
+            run("on one token with a cache", inputs)
     return found
 
 
@@ -325,112 +329,4 @@ def _gradients(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _run(
-    model: PreTrainedModel,
-    recorder: Recorder,
-    calls: NormCalls,
-    run: Callable[..., Any] | None = None,
-    *,
-    inputs: dict[str, Any] | None = None,
-    length: int = LENGTH,
-    optional: bool = False,
-    **options: Any,
-) -> list[tuple[str, int]]:
-    """One plain forward pass, recorded: the name and the value of all that it returns."""
-    shape = (BATCH, length)
-    with _as_trace_errors(model, recorder):
-        with torch.device(model.device):
-            inputs = trace_inputs(model, *shape)
-        output = _called(model, recorder, calls, inputs, shape if optional else None)
-    return _named(model, recorder, output)
-
-
-def _called(
-    model: PreTrainedModel,
-    recorder: Recorder,
-    calls: NormCalls,
-    inputs: dict[str, Any],
-    optional: tuple[int, int] | None = None,
-    run: Callable[..., Any] | None = None,
-) -> Any:
-    """What one forward pass on `inputs`, or another `run` of `model`, returns; it is recorded.
-
-    With `optional`, the batch and the length, every part of the model gets what it can do without.
-    """
-    for name, given in inputs.items():
-        if isinstance(given, torch.Tensor) and given.is_floating_point():
-            inputs[name] = given.to(model.dtype)
-    more = _handing_in(model, *optional) if optional else nullcontext()
-    recorder.computes = recorder.invents or any(map(_is_known, inputs.values()))
-    with forgetting(model), readable_numbers(), more, calls, recorder:
-        return (run or model)(**inputs)
-
-
-@contextmanager
-def _as_trace_errors(model: PreTrainedModel, recorder: Recorder) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the model's own code may raise anything
-        raise TraceError(
-            f"The forward pass of {type(model).__name__} cannot be traced: {first_line(error)}.",
-            module=recorder.module,
-        ) from error
-
-
-def _named(
-    model: PreTrainedModel,
-    recorder: Recorder,
-    output: Any,
-    fields: Collection[str] | None = None,
-) -> list[tuple[str, int]]:
-    """The name and the value of all tensors in what `model` returned, or in these `fields` of it.
-
-    Raises:
-        TraceError: there may be tensors that cannot be found.
-    """
-    found = []
-    for path, leaf in tree_leaves_with_path(output):
-        name = ".".join(re.findall(r"\w+", keystr(path)))
-        if fields is not None and name.partition(".")[0] not in fields:
-            continue
-        if isinstance(leaf, torch.Tensor):
-            found.append((name, recorder.value(leaf)))
-        elif not isinstance(leaf, _SEEN_THROUGH):
-            raise TraceError(
-                f"{type(model).__name__} returns a {type(leaf).__name__}, and what tensors that "
-                "holds is not known; let it return a ModelOutput, a dict or a tuple."
-            )
-    return found
-
-
-def _is_known(given: object) -> bool:
-    """Whether it is a tensor whose numbers the model's code may look at."""
-    return isinstance(given, torch.Tensor) and not isinstance(given, FakeTensor)
-
-
-_SEEN_THROUGH = (bool, int, float, str, type(None), Cache)  # no tensors, or only a cache's
-
-
 _TIE_KEY = "tie_word_embeddings"
-
-
-@contextmanager
-def _handing_in(model: PreTrainedModel, batch: int, length: int) -> Iterator[None]:
-    """While active, every model within `model` gets the inputs that it can do without."""
-    handles = []
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel):
-            with torch.device(model.device):
-                more = optional_inputs(part, batch, length)
-            hand_in = partial(_hand_in, more)
-            handles.append(part.register_forward_pre_hook(hand_in, with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _hand_in(more: dict[str, Any], _: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    given = {key: value for key, value in kwargs.items() if value is not None}
-    return args, {**kwargs, **more, **given}
