@@ -155,7 +155,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "text_config.num_key_value_heads": 9, "vision_config.hidden_size": 72,
         "projection_hidden_size": 72},
     "MiniCPMV4_6ForConditionalGeneration": {
-        "vision_config.image_size": 12, "vision_config.insert_layer_id": 1},
+        "vision_config.image_size": 12, "insert_layer_id": 1},
     "Gemma4ForConditionalGeneration": {
         "vision_config": {"model_type": "gemma4_vision", "hidden_size": 72, "head_dim": 8,
                           "intermediate_size": 88, "num_hidden_layers": 3,
