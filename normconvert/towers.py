@@ -111,7 +111,9 @@ def _features_inputs(
     """What `run` of `part` takes for `tower` to read `main`."""
     names = accepted(run)
     if main_input(tower) == "input_features":
-        return {"input_features": main}
+        frames = torch.ones(len(main), main.shape[-1], dtype=torch.int64)
+        masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), frames)
+        return {"input_features": main, **told(run, masks)}
     _, numbers = images(tower, len(main))
     if main.ndim == _WHOLE:
         if "pixel_attention_mask" in names:  # the images of each sequence, of which zeros are none

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import unfold
 
 from normconvert.rules.axes import Track, move
 from normconvert.trace.recorder import Recorder
@@ -147,6 +148,16 @@ def test_indexing_is_followed_across_other_axes(
         check(lambda x: x[mask], shape, axis, followed=False)
     if len(shape) > 2:
         check(lambda x: x[first, :, first], shape, axis, followed=False)
+
+
+@given(channels=st.integers(2, 5), window=st.sampled_from([1, 2, (1, 3), (3, 2)]))
+def test_windows_are_followed(channels: int, window: int | tuple[int, int]) -> None:
+    shape = (2, channels, 6, 6)
+    check(lambda x: unfold(x, window), shape, 1)
+    check(lambda x: unfold(x, window, dilation=2, stride=3), shape, 1)
+    check(lambda x: unfold(x[0], window), shape, 1)
+    check(lambda x: unfold(x, window), shape, 2, followed=False)
+    check(lambda x: unfold(x, window, padding=1), shape, 1, followed=False)
 
 
 def test_the_check_can_fail() -> None:

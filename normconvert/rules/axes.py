@@ -239,6 +239,17 @@ def _flip(
     return (Track(track.axis, track.index[::-1]) if track.axis in flipped else track,)
 
 
+def _windows(
+    node: Node, track: Track, before: Shape, after: tuple[Shape, ...]
+) -> tuple[Track | None, ...]:
+    """im2col: the windows of an image, all pixels of a window side by side, channel by channel."""
+    if track.axis != len(before) - 3 or any(_tuple(node.argument("padding"))):
+        return (None,)
+    sizes = [size for size in _tuple(node.argument("kernel_size")) if isinstance(size, int)]
+    repeated = (coordinate for coordinate in track.index for _ in range(prod(sizes)))
+    return (Track(track.axis, tuple(repeated)),)
+
+
 _MOVERS: dict[str, _Mover] = {
     "transpose": _transpose,
     "t": _t,
@@ -256,6 +267,7 @@ _MOVERS: dict[str, _Mover] = {
     "index_select": _index_select,
     "gather": _gather,
     "flip": _flip,
+    "im2col": _windows,
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.utils import ModelOutput
 
 from normconvert.images import accepted
 from normconvert.model_inputs import longest
@@ -56,7 +57,7 @@ def _in_a_text(model: Any, inputs: dict[str, Any], features: Any) -> Any:
     known = (getattr(model.config, name, None) for name in names)
     place = next(token for token in known if token is not None)
     ids: list[int] = []
-    for rows in _rows(getattr(features, "pooler_output", features)):
+    for rows in _rows(features):
         ids += [*range(1, 1 + _BETWEEN), *[place] * rows]
     tokens = moved_to(model)(torch.tensor([[*ids, *range(1, 1 + _BETWEEN)]]))
     more = {"use_cache": False, "mm_token_type_ids": (tokens == place).to(torch.int64)}
@@ -67,6 +68,10 @@ def _in_a_text(model: Any, inputs: dict[str, Any], features: Any) -> Any:
 
 def _rows(features: Any) -> list[int]:
     """How many places each image or sound takes."""
+    if isinstance(features, ModelOutput):
+        features = next(
+            features[name] for name in ("pooler_output", "last_hidden_state") if name in features
+        )
     leaves = [leaf for leaf in tree_leaves(features) if isinstance(leaf, torch.Tensor)]
     if len(leaves) == 1 and leaves[0].ndim > 2:  # [images, places, features]
         return [int(one.flatten(0, -2).shape[0]) for one in leaves[0]]

@@ -43,6 +43,11 @@ CLASSES = (
     "InternVLForConditionalGeneration", "Mistral3ForConditionalGeneration",
     "LlavaNextForConditionalGeneration", "AyaVisionForConditionalGeneration",
     "MllamaForConditionalGeneration", "MiniMaxM3SparseForConditionalGeneration",
+    "Lfm2VlForConditionalGeneration", "VideoLlama3ForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration", "MiniCPMV4_6ForConditionalGeneration",
+    "Gemma4ForConditionalGeneration", "Idefics2ForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration", "AriaForConditionalGeneration",
+    "Ovis2ForConditionalGeneration", "Llama4ForConditionalGeneration",
 )  # fmt: skip
 
 # Other forms of types, as the zoo has them: tied and untied, block layouts, with and without parts.
@@ -100,6 +105,7 @@ _ONE_CODEBOOK: Mapping[str, Any] = {
 }  # fmt: skip
 _MAMBA: Mapping[str, Any] = {"mamba_n_heads": 9, "mamba_d_head": 12, "mamba_d_state": 8}
 
+# A dot is between a part's configuration and what is set in that.
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(
         ("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32",
@@ -129,6 +135,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
                           "intermediate_size": 88, "image_size": [12, 12], "patch_size": [3, 3]}},
     "AyaVisionForConditionalGeneration": _SIGLIP,
     "Idefics3ForConditionalGeneration": _SIGLIP,
+    "gemma3": {"mm_tokens_per_image": 25},
     "Gemma3ForConditionalGeneration": {"mm_tokens_per_image": 25},
     "PaliGemmaForConditionalGeneration": {"projection_dim": 54},
     "LlavaNextForConditionalGeneration": {"image_grid_pinpoints": [[15, 30], [30, 15], [30, 30]]},
@@ -142,6 +149,31 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
             "num_global_layers": 1, "attention_heads": 9, "image_size": 15, "patch_size": 5,
             "max_num_tiles": 3, "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [2, 1], [3, 1]],
             "intermediate_layers_indices": [0, 1], "vision_output_dim": 162}},
+    "Lfm2VlForConditionalGeneration": {"vision_config.num_patches": 25},
+    "VideoLlama3ForConditionalGeneration": {"vision_config.hidden_size": 72},
+    "Kimi_K25ForConditionalGeneration": {
+        "text_config.num_key_value_heads": 9, "vision_config.hidden_size": 72,
+        "projection_hidden_size": 72},
+    "MiniCPMV4_6ForConditionalGeneration": {
+        "vision_config.image_size": 12, "insert_layer_id": 1},
+    "Gemma4ForConditionalGeneration": {
+        "vision_config": {"model_type": "gemma4_vision", "hidden_size": 72, "head_dim": 8,
+                          "intermediate_size": 88, "num_hidden_layers": 3,
+                          "num_attention_heads": 9, "num_key_value_heads": 9, "patch_size": 3,
+                          "position_embedding_size": 64}},
+    "Idefics2ForConditionalGeneration": {
+        "perceiver_config": {"hidden_size": 54, "resampler_n_latents": 4, "resampler_depth": 1,
+                             "resampler_n_heads": 9, "resampler_head_dim": 6,
+                             "num_key_value_heads": 3}},
+    "LlavaOnevisionForConditionalGeneration": {
+        "image_grid_pinpoints": [[15, 30], [30, 15], [30, 30]]},
+    "AriaForConditionalGeneration": {"projector_patch_to_query_dict": {25: 4}},
+    "Ovis2ForConditionalGeneration": {
+        "vision_config.image_size": 12, "vision_config.hidden_stride": 2},
+    "Llama4ForConditionalGeneration": {
+        "vision_config.image_size": 12, "vision_config.hidden_size": 72,
+        "vision_config.intermediate_size": 288, "vision_config.vision_output_dim": 54,
+        "vision_config.projector_input_dim": 54, "vision_config.projector_output_dim": 54},
     "DINOv3ViTModel": {"hidden_size": 72},  # rotary embeddings of two dimensions
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
     "blt": {
@@ -219,8 +251,15 @@ def config_of(model_type: str) -> PreTrainedConfig:
     if of_the_zoo(model_type):
         return zoo.make_config(zoo.ZOO[model_type])
     config_class = CONFIG_MAPPING[model_type]
-    given = dict(OVERRIDES.get(model_type, {}))
-    return config_class(**{**_shrunk(config_class), **given})
+    return _config(config_class, OVERRIDES.get(model_type, {}))
+
+
+def _config(config_class: type[PreTrainedConfig], given: Mapping[str, Any]) -> PreTrainedConfig:
+    sizes = _shrunk(config_class)
+    for name, value in given.items():
+        part, _, key = name.partition(".")
+        sizes[part] = {**sizes[part], key: value} if key else value
+    return config_class(**sizes)
 
 
 _LAYERS = SIZES["num_hidden_layers"]
@@ -247,7 +286,7 @@ def _class_of(name: str) -> tuple[Any, PreTrainedConfig]:
     if name in CLASSES:
         model_class: Any = getattr(transformers, name)
         config_class = model_class.config_class
-        return model_class, config_class(**{**_shrunk(config_class), **OVERRIDES.get(name, {})})
+        return model_class, _config(config_class, OVERRIDES.get(name, {}))
     config = config_of(STAND_INS.get(name, name))
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if isinstance(model_class, (tuple, list)):
