@@ -187,7 +187,7 @@ def test_every_sample_decodes_after_the_same_prompt(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
 
     def look(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs["past_key_values"]
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         seen.append((0 if cache is None else cache.get_seq_length(), kwargs["input_ids"].shape[1]))
 
     model.register_forward_pre_hook(look, with_kwargs=True)

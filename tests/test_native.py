@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    Cache,
     GPT2Config,
     GPT2LMHeadModel,
     pipeline,
@@ -492,7 +493,8 @@ def test_cache_gives_the_same_logits(case: Case, pairs: Pairs) -> None:
     whole, ids = logits(model), token_ids()
     with torch.no_grad(), float64():
         past = model(ids[:, :7], use_cache=True)
-        rest = model(ids[:, 7:], past_key_values=past.past_key_values, use_cache=True)
+        cache = {name: value for name, value in past.items() if isinstance(value, Cache)}
+        rest = model(ids[:, 7:], **cache, use_cache=True)
     assert_same(torch.cat([past.logits, rest.logits], dim=1), whole)
 
 

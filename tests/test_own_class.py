@@ -61,6 +61,16 @@ class OwnStepForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
             layer.mlp = OwnMLP(config)
 
 
+class OwnCastForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """Chooses a dtype for a part of itself while it is built."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.model.layers[0].mlp.to(torch.float32)
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     zoo.save("llama", tmp_path / "own", dtype="float32")
@@ -102,6 +112,12 @@ def test_a_step_that_is_not_like_a_pass(own: Path, tmp_path: Path) -> None:
     found = {each.tokens: each.equivalent for each in conversion.verification.comparisons}
     assert found == {"random": True, "token by token": False}
     assert not (tmp_path / "output").exists()
+
+
+def test_a_part_that_is_cast_while_it_is_built(own: Path, tmp_path: Path) -> None:
+    conversion = normconvert.convert(own, tmp_path / "output", model_class=OwnCastForCausalLM)
+    assert conversion.status == "converted"
+    assert len(conversion.inspection.plan.folded) == len(conversion.inspection.plan.verdicts)
 
 
 def test_code_that_cannot_be_imported(own: Path, tmp_path: Path) -> None:

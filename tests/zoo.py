@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from normconvert.precision import computing_in
 from zoo_entry import PARTIAL_ROTARY, SIZES, Entry
 from zoo_layernorm import LAYERNORM
 
@@ -190,12 +191,13 @@ def load(folder: Path, *, dtype: str = "float64") -> PreTrainedModel:
     """The model in `folder`, ready for inference; raises if a tensor did not find its place."""
     config = AutoConfig.from_pretrained(folder)
     model: PreTrainedModel
-    model, info = getattr(transformers, config.architectures[0]).from_pretrained(
-        folder,
-        dtype=getattr(torch, dtype),
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
+    with computing_in(getattr(torch, dtype)):  # routers are made in float32, whatever is asked for
+        model, info = getattr(transformers, config.architectures[0]).from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
     unread = _mtp_prefix(config)
     info["unexpected_keys"] = {
         key for key in info["unexpected_keys"] if not (unread and key.startswith(unread))

@@ -27,7 +27,7 @@ _POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 def writes_text(model: Any) -> bool:
     """Whether `model` is a decoder alone, which reads a prompt and then writes token by token."""
-    cached = _takes(model, "cache") or _takes(model, "past_key_values")  # before transformers 5.24
+    cached = _takes(model, _cache_name(model))
     alone = _takes(model, "input_ids") and not _takes(model, "decoder_input_ids")
     return alone and cached and _takes(model, "use_cache") and bool(model.can_generate())
 
@@ -98,11 +98,13 @@ def _decode(model: Any, ids: torch.Tensor, *, compiled: bool) -> Stopwatch:
     Every sample begins with a copy of the cache as it is after the prompt. A compiled model has a
     cache of a fixed size, as in `generate(cache_implementation="static")`.
     """
-    from transformers import StaticCache
+    from transformers import Cache, StaticCache
 
     prompt, tokens = ids[:, :-STEPS], torch.split(ids[:, -STEPS:], 1, dim=1)
+    name = _cache_name(model)
     empty = StaticCache(config=model.config, max_cache_len=ids.shape[1]) if compiled else None
-    filled = model(input_ids=prompt, past_key_values=empty, use_cache=True).past_key_values
+    output = model(input_ids=prompt, use_cache=True, **{name: empty})
+    filled = next((value for value in output.values() if isinstance(value, Cache)), None)
     if filled is None:
         raise ValueError("it returns no cache")
     run = _compiled(model) if compiled else model
@@ -112,7 +114,7 @@ def _decode(model: Any, ids: torch.Tensor, *, compiled: bool) -> Stopwatch:
         synchronize(model.device)
         start = time.perf_counter()
         for token in tokens:
-            run(input_ids=token, past_key_values=cache, use_cache=True)
+            run(input_ids=token, use_cache=True, **{name: cache})
         synchronize(model.device)
         return (time.perf_counter() - start) / STEPS
 
@@ -132,6 +134,10 @@ def _compiled(model: Any) -> Any:
 
     run.__code__ = run.__code__.replace()  # a copy
     return torch.compile(run, dynamic=False)
+
+
+def _cache_name(model: Any) -> str:
+    return "cache" if _takes(model, "cache") else "past_key_values"  # before transformers 5.24
 
 
 def _takes(model: Any, name: str) -> bool:

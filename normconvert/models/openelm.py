@@ -7,6 +7,7 @@ tensors of its checkpoints, which bring code for transformers 4.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,9 @@ from transformers.utils.output_capturing import capture_outputs
 from normconvert.models.openelm_config import OpenELMConfig
 
 _EPS = 1e-6
+
+# What transformers calls the cache: the new name since 5.24.
+_CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 
 
 class OpenELMRMSNorm(LlamaRMSNorm):  # type: ignore[misc]
@@ -63,7 +67,7 @@ class OpenELMAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The output, and the attention weights where the implementation has them."""
@@ -74,8 +78,8 @@ class OpenELMAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -131,7 +135,7 @@ class OpenELMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["OpenELMDecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -166,9 +170,10 @@ class OpenELMModel(OpenELMPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As every decoder of transformers.
+        """As every decoder of transformers. The cache is one, under its old or its new name.
 
         Raises:
             ValueError: not exactly one of `input_ids` and `inputs_embeds` is given.
@@ -177,18 +182,19 @@ class OpenELMModel(OpenELMPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         hidden_states = self.token_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             length, device = hidden_states.shape[1], hidden_states.device
             position_ids = torch.arange(seen, seen + length, device=device).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{_CACHE: cache},
         )
         rotary = self._rotary(position_ids, hidden_states.dtype)
         for layer in self.layers:
@@ -196,12 +202,12 @@ class OpenELMModel(OpenELMPreTrainedModel):
                 hidden_states,
                 position_embeddings=rotary,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{_CACHE: cache if use_cache else None},
         )
 
     def _rotary(
@@ -240,6 +246,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):  # type: igno
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [batch, length, vocabulary].
@@ -254,6 +261,7 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):  # type: igno
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         last = isinstance(logits_to_keep, int)
@@ -265,9 +273,9 @@ class OpenELMForCausalLM(OpenELMPreTrainedModel, GenerationMixin):  # type: igno
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{_CACHE: getattr(outputs, _CACHE)},
         )
 
 

@@ -24,7 +24,7 @@ class OpenELMConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "openelm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("cache", "past_key_values")
     attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "model_dim",
         "num_hidden_layers": "num_transformer_layers",
