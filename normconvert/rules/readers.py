@@ -53,7 +53,7 @@ def find_readers(
         parts = origins.of(contraction.other)
         if parts is None:
             return Obstacle(f"it is multiplied with another activation in {where}", known)
-        for tensor, part in ((tensor, part) for part in parts for tensor in part.tensors):
+        for tensor, part in ((name, each) for each in parts for name in each.tensors):
             axis = _axis(part, contraction)
             if axis is None or axes.setdefault(tensor, axis) != axis:
                 return Obstacle(f"{tensor} is read along no single axis in {where}", known)
@@ -219,9 +219,5 @@ def _copy(
         return None
     through = follow(graph, {value: track}, parts=True).contractions
     reached = {(contraction.node, contraction.operand) for contraction in through}
-    needed = {
-        (node, operand)
-        for node, operand in allowed
-        if tensor in origins.tensors(operand)
-    }
+    needed = {(node, operand) for node, operand in allowed if tensor in origins.tensors(operand)}
     return tie.tensor if needed <= reached else None

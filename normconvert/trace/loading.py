@@ -212,11 +212,11 @@ def _copying_what_is_kept() -> Iterator[None]:
             known = spare[id(original)] = deepcopy(original)
         return known
 
-    core_model_loading.deepcopy = copied  # type: ignore[attr-defined]
+    core_model_loading.deepcopy = copied
     try:
         yield
     finally:
-        core_model_loading.deepcopy = deepcopy  # type: ignore[attr-defined]
+        core_model_loading.deepcopy = deepcopy
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from normconvert.errors import TraceError
 from normconvert.ir.graph import Argument, Node, Ref, Size, Value
+from normconvert.trace.answers import Answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +56,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most_nodes = math.inf
         """A pass that would need more is broken off: its code loops over what it is given."""
         self._stale: set[int] = set()
+        self._answers = Answers()
         self._value_of: dict[int, int] = {}
         self._sharing: dict[int, list[torch.Tensor]] = {}
 
@@ -76,7 +78,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is torch.ops.aten.stack.default:
                 result = _stacked(*args, **kwargs)
             if result is None:
-                result = func(*args, **kwargs)
+                result = self._answers.of(func, args, kwargs)
             if self.invents and not written:
                 result = tree_map(_invented, result)
         overwritten = _tensors(written)
