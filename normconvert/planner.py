@@ -106,8 +106,8 @@ def modules_of(graph: Graph) -> dict[str, tuple[str, ...]]:
     origins = Origins(graph)
     found: dict[str, dict[str, None]] = {tensor: {} for tensor, _ in graph.leaves}
     for parameter, value in graph.parameters:
-        for part in origins.of(value) or ():
-            found[part.tensor][parameter.rpartition(".")[0]] = None
+        for tensor in origins.tensors(value):
+            found[tensor][parameter.rpartition(".")[0]] = None
     for tie in graph.ties:
         if tie.tensor is not None:
             found.setdefault(tie.tensor, {})[tie.parameter.rpartition(".")[0]] = None
@@ -184,12 +184,13 @@ def _native(graph: Graph, origins: Origins, draft: Draft, rules: tuple[str, ...]
         known = graph.values[value].shape
         shape = [size for size in known if isinstance(size, int)]
         for part in origins.of(value) or ():
-            name = _stored_name(graph, draft, parameter, part.tensor)
-            for axis in _shortened(draft, name):
-                track = part.tracks[axis]
-                if track is None:
-                    raise PlanError(f"{part.tensor!r} becomes {parameter!r} in no known way.")
-                shape[track.axis] = len(track.index) - 1
+            for tensor in part.tensors:
+                name = _stored_name(graph, draft, parameter, tensor)
+                for axis in _shortened(draft, name):
+                    track = part.tracks[axis]
+                    if track is None:
+                        raise PlanError(f"{tensor!r} becomes {parameter!r} in no known way.")
+                    shape[track.axis] = len(track.index) - 1
         if tuple(shape) != known:
             shapes[parameter] = tuple(shape)
     return Native(

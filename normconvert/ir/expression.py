@@ -148,13 +148,14 @@ _OPERATIONS: dict[str, type[Any]] = {
     "drop_last": DropLast,
     "minus_last": MinusLast,
 }
+_FIELDS = {kind: tuple(field.name for field in fields(kind)) for kind in _ANY}
 _NAMES = {operation: name for name, operation in _OPERATIONS.items()}
 
 
 def children(expression: Expression) -> Iterator[Expression]:
     """The expressions directly inside `expression`."""
-    for field in fields(expression):
-        value = getattr(expression, field.name)
+    for name in _FIELDS[type(expression)]:
+        value = getattr(expression, name)
         if isinstance(value, _ANY):
             yield value
 
@@ -191,7 +192,7 @@ def to_json(expression: Expression) -> Any:
         return expression.name
     return [
         _NAMES[type(expression)],
-        *(_field_to_json(getattr(expression, field.name)) for field in fields(expression)),
+        *(_field_to_json(getattr(expression, name)) for name in _FIELDS[type(expression)]),
     ]
 
 
@@ -205,7 +206,7 @@ def from_json(data: Any) -> Expression:
         case str(name):
             return Tensor(name)
         case [str(operation), *values] if operation in _OPERATIONS:
-            names = [field.name for field in fields(_OPERATIONS[operation])]
+            names = _FIELDS[_OPERATIONS[operation]]
             if len(names) == len(values):
                 found = (_field_from_json(*pair) for pair in zip(names, values, strict=True))
                 expression: Expression = _OPERATIONS[operation](*found)

@@ -261,6 +261,11 @@ class Graph:
         return tuple(name for name, value in self.parameters if value not in self.live_consumers)
 
     @cached_property
+    def untouched_parameters(self) -> tuple[tuple[str, int], ...]:
+        """Parameters that no node reads, with their values."""
+        return tuple(each for each in self.parameters if each[1] not in self.consumers)
+
+    @cached_property
     def norms_by_module(self) -> dict[str, Norm]:
         """Module path -> the norm."""
         return {norm.module: norm for norm in self.norms}

@@ -25,6 +25,10 @@ class Track:
     axis: int
     index: Sequence[int]
 
+    def __hash__(self) -> int:
+        """Without a look at the index, which may have one entry for every row of all experts."""
+        return hash((self.axis, len(self.index)))
+
 
 def move(
     node: Node, position: int, track: Track, before: Shape, after: tuple[Shape, ...]

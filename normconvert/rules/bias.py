@@ -65,14 +65,14 @@ def _linear(
     None if it is not x Wᵀ (+ c) with W and c as stored.
     """
     node = graph.nodes[contraction.node]
-    weight = origins.of(contraction.other)
-    if weight is None or len(weight) != 1 or not weight[0].plain:
+    weight = origins.single(contraction.other)
+    if weight is None or not weight.plain:
         return None
     rows = graph.values[node.outputs[0]].shape[-1]
-    row_tracks = [t for t in weight[0].tracks if t is None or t.axis != contraction.other_axis]
+    row_tracks = [t for t in weight.tracks if t is None or t.axis != contraction.other_axis]
     if not isinstance(rows, int) or len(row_tracks) != 1 or not identity(row_tracks[0], rows):
         return None
-    tensor = weight[0].tensor
+    tensor = weight.tensors[0]
     if node.op == "addmm":
         plain = node.argument("beta", 1) == 1 and node.argument("alpha", 1) == 1
         added, where = node.argument("self"), contraction.node
@@ -82,12 +82,12 @@ def _linear(
         plain, (added, where) = True, _added_behind(graph, origins, node.outputs[0])
     if not plain or not isinstance(added, Ref):
         return None
-    constant = origins.of(added.value)
-    if constant is None or len(constant) != 1 or not constant[0].plain:
+    constant = origins.single(added.value)
+    if constant is None or not constant.plain:
         return None
-    tracks = constant[0].tracks
+    tracks = constant.tracks
     in_order = len(tracks) == 1 and identity(tracks[0], rows)
-    return (tensor, constant[0].tensor, where) if in_order else None
+    return (tensor, constant.tensors[0], where) if in_order else None
 
 
 def _added_behind(graph: Graph, origins: Origins, product: int) -> tuple[Ref | None, int]:

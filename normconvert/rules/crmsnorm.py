@@ -143,10 +143,10 @@ def _compressing(places: tuple[Recentering, ...], wide: Collection[str]) -> Iter
 def _tensors_within(graph: Graph, origins: Origins, modules: set[str]) -> set[str]:
     """The tensors that the parameters of `modules` are loaded from."""
     return {
-        part.tensor
+        tensor
         for name, value in graph.parameters
         if any(name.startswith(f"{module}.") for module in modules)
-        for part in origins.of(value) or ()
+        for tensor in origins.tensors(value)
     }
 
 

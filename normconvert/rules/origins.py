@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from normconvert.ir.graph import Graph
@@ -11,17 +12,18 @@ from normconvert.rules.axes import Track
 from normconvert.rules.scaling import PRODUCTS, Step
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor of the checkpoint inside a value: a track for each of its own axes, if known.
+    """Tensors of the checkpoint inside a value: a track for each of their own axes, if known.
 
-    `plain` says that its elements are unchanged, only rearranged.
+    Several, such as stacked experts, if the tracks are the same for all. `plain` says that their
+    elements are unchanged, only rearranged.
     """
 
-    tensor: str
+    tensors: tuple[str, ...]
     tracks: tuple[Track | None, ...]
     plain: bool
 
@@ -42,17 +44,26 @@ class Origins:
             self._known[value] = self._find(value)
         return self._known[value]
 
+    def tensors(self, value: int) -> tuple[str, ...]:
+        """The tensors of the checkpoint that `value` is made of; none if anything else is in it."""
+        return tuple(tensor for part in self.of(value) or () for tensor in part.tensors)
+
+    def single(self, value: int) -> Part | None:
+        """The one tensor that `value` is made of, as its only part, or None."""
+        parts = self.of(value)
+        return parts[0] if parts and len(parts) == len(parts[0].tensors) == 1 else None
+
     def tensor(self, value: int) -> str | None:
         """The tensor of the checkpoint that `value` is, whole and in order, or None."""
-        parts, shape = self.of(value), self._graph.values[value].shape
-        if parts is None or len(parts) != 1 or not parts[0].plain:
+        part, shape = self.single(value), self._graph.values[value].shape
+        if part is None or not part.plain:
             return None
-        tracks = parts[0].tracks
+        tracks = part.tracks
         whole = len(tracks) == len(shape) and all(
             isinstance(size, int) and track == Track(axis, range(size))
             for axis, (track, size) in enumerate(zip(tracks, shape, strict=True))
         )
-        return parts[0].tensor if whole else None
+        return part.tensors[0] if whole else None
 
     def vector(self, value: int | None) -> str | None:
         """The one-dimensional tensor that `value` is, as `tensor` finds it."""
@@ -66,7 +77,7 @@ class Origins:
             shape = graph.values[value].shape
             ranges = (range(size) for size in shape if isinstance(size, int))
             tracks = tuple(Track(axis, index) for axis, index in enumerate(ranges))
-            return (Part(graph.leaf_names[value], tracks, plain=True),)
+            return (Part((graph.leaf_names[value],), tracks, plain=True),)
         producer = graph.producers.get(value)
         if producer is None:
             return None
@@ -76,7 +87,7 @@ class Origins:
             if any(parts is None for parts in found):
                 return None
             carry = self._carrier(producer, value)
-            return tuple(
+            return _alike(
                 carry(part, operand) for operand, parts in enumerate(found) for part in parts or ()
             )
         operands = [i for i, each in enumerate(node.inputs) if self.of(each) is not None]
@@ -97,7 +108,7 @@ class Origins:
             at = 0 if stack else operand
             found = [(None, False) if t is None else carried(at, t) for t in part.tracks]
             plain = part.plain and any(rearranged for _, rearranged in found)
-            return Part(part.tensor, tuple(track for track, _ in found), plain=plain)
+            return Part(part.tensors, tuple(track for track, _ in found), plain=plain)
 
         return carry
 
@@ -115,3 +126,12 @@ class Origins:
             if carried := step.run():
                 return carried.get(value), rearrange_only
         return None, False
+
+
+def _alike(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Neighbouring parts with the same tracks as one."""
+    groups = groupby(parts, key=lambda part: (part.tracks, part.plain))
+    return tuple(
+        Part(tuple(tensor for part in group for tensor in part.tensors), tracks, plain=plain)
+        for (tracks, plain), group in groups
+    )

@@ -118,10 +118,10 @@ def _unread_readers(graph: Graph, size: int) -> Iterator[str]:
     A layer may read several things side by side.
     """
     widths = dict(graph.widths)
-    for name, value in graph.parameters:
+    for name, value in graph.untouched_parameters:
         fitting = (widths[name],) if name in widths else graph.values[value].shape
         wide = any(isinstance(each, int) and each and each % size == 0 for each in fitting)
-        if wide and value not in graph.consumers:
+        if wide:
             yield name
 
 

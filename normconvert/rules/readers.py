@@ -8,6 +8,7 @@ other use of those tensors must be among the same products.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Literal
 
 from normconvert.ir.graph import Graph, Norm, Tie
@@ -15,7 +16,7 @@ from normconvert.rules.axes import Track
 from normconvert.rules.draft import Obstacle, Reader, Readers
 from normconvert.rules.origins import Origins, Part
 from normconvert.rules.places import unread_beside
-from normconvert.rules.scaling import Contraction, Ends, follow, same, straight
+from normconvert.rules.scaling import Contraction, Ends, follow, same, straight_in
 
 _NONE, _UNREAD = -1, -2
 
@@ -52,15 +53,15 @@ def find_readers(
         parts = origins.of(contraction.other)
         if parts is None:
             return Obstacle(f"it is multiplied with another activation in {where}", known)
-        for part in parts:
+        for tensor, part in ((name, each) for each in parts for name in each.tensors):
             axis = _axis(part, contraction)
-            if axis is None or axes.setdefault(part.tensor, axis) != axis:
-                return Obstacle(f"{part.tensor} is read along no single axis in {where}", known)
-            index = _index(graph, part, axis, contraction.track)
-            index = index and _merged(index, indices.get(part.tensor, index))
+            if axis is None or axes.setdefault(tensor, axis) != axis:
+                return Obstacle(f"{tensor} is read along no single axis in {where}", known)
+            index = _index(graph, tensor, part.tracks[axis], axis, contraction.track)
+            index = index and _merged(index, indices.get(tensor, index))
             if index is None:
-                return Obstacle(f"{part.tensor} would need two gains at once in {where}", known)
-            indices[part.tensor] = index
+                return Obstacle(f"{tensor} would need two gains at once in {where}", known)
+            indices[tensor] = index
     readers = {
         tensor: Reader(axes[tensor], _finished(index))
         for tensor, index in indices.items()
@@ -83,12 +84,12 @@ def reader_outside(
 
 
 def _names(origins: Origins, ends: Ends) -> tuple[str, ...]:
-    found = (origins.of(contraction.other) or () for contraction in ends.contractions)
-    return tuple(dict.fromkeys(part.tensor for parts in found for part in parts))
+    found = (origins.tensors(contraction.other) for contraction in ends.contractions)
+    return tuple(dict.fromkeys(chain.from_iterable(found)))
 
 
 def _axis(part: Part, contraction: Contraction) -> int | None:
-    """The tensor's own axis that lies along the axis summed over."""
+    """The tensors' own axis that lies along the axis summed over."""
     axes = [
         axis
         for axis, track in enumerate(part.tracks)
@@ -97,10 +98,11 @@ def _axis(part: Part, contraction: Contraction) -> int | None:
     return axes[0] if len(axes) == 1 else None
 
 
-def _index(graph: Graph, part: Part, axis: int, gain: Track) -> Sequence[int] | None:
+def _index(
+    graph: Graph, tensor: str, own: Track | None, axis: int, gain: Track
+) -> Sequence[int] | None:
     """Which coordinate of the gain meets each slice of the tensor; None if two meet one."""
-    own = part.tracks[axis]
-    size = graph.values[graph.leaf_values[part.tensor]].shape[axis]
+    size = graph.values[graph.leaf_values[tensor]].shape[axis]
     assert own is not None
     assert isinstance(size, int)
     if own.index == range(size):
@@ -142,9 +144,10 @@ def _exclusive(
     found: dict[str, Reader] = {}
     copies: dict[str, str] = {}
     outside: dict[tuple[int, Track], str | None] = {}
+    straight = straight_in(graph)
     for tensor, reader in readers.items():
         track = Track(reader.axis, reader.index)
-        place = straight(graph, graph.leaf_values[tensor], track)  # one for all of many experts
+        place = straight(graph.leaf_values[tensor], track)  # one for all of many experts
         if place not in outside:
             outside[place] = reader_outside(graph, *place, allowed)
         elsewhere = outside[place]
@@ -176,8 +179,7 @@ def _ties(graph: Graph, origins: Origins, tensor: str) -> list[Tie]:
 
 
 def _tensors(graph: Graph, origins: Origins, parameter: str) -> set[str]:
-    parts = origins.of(graph.parameter_values[parameter]) or ()
-    return {part.tensor for part in parts}
+    return set(origins.tensors(graph.parameter_values[parameter]))
 
 
 def _twins(graph: Graph, origins: Origins, tie: Tie, tensor: str) -> set[str]:
@@ -217,9 +219,5 @@ def _copy(
         return None
     through = follow(graph, {value: track}, parts=True).contractions
     reached = {(contraction.node, contraction.operand) for contraction in through}
-    needed = {
-        (node, operand)
-        for node, operand in allowed
-        if any(part.tensor == tensor for part in origins.of(operand) or ())
-    }
+    needed = {(node, operand) for node, operand in allowed if tensor in origins.tensors(operand)}
     return tie.tensor if needed <= reached else None

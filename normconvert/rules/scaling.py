@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from normconvert.ir.graph import Graph, Node, Ref
 from normconvert.rules.axes import Shape, Track, joined, move, stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,18 +110,29 @@ def follow(
     return Ends(tuple(contractions), tuple(stops), frozenset(tracks))
 
 
-def straight(graph: Graph, value: int, track: Track) -> tuple[int, Track]:
-    """Where a scaling of `value` is before it first meets a choice or an end; with its parts."""
+def straight_in(graph: Graph) -> Callable[[int, Track], tuple[int, Track]]:
+    """A function: where a scaling of a value is before it first meets a choice or an end.
+
+    With its parts; what was found is remembered, as many experts have most of the way in common.
+    """
     outputs = {output for _, output in graph.returned}
-    while value not in outputs and len(consumers := graph.consumers.get(value, ())) == 1:
+
+    @cache
+    def straight(value: int, track: Track) -> tuple[int, Track]:
+        consumers = graph.consumers.get(value, ())
+        if value in outputs or len(consumers) != 1:
+            return value, track
+        node = graph.nodes[consumers[0]]
+        if node.op == "stack":  # the same for all that is stacked: no need to look at the others
+            return straight(node.outputs[0], stacked(node, graph.values[value].shape, track))
         step = Step(graph, consumers[0], {value: track}, parts=True, rearrange_only=False)
         carried = step.run()
-        if step.contractions or step.stops or not all(map(_scales, carried.values())):
-            break
-        if len(carried) != 1:
-            break
-        ((value, track),) = carried.items()
-    return value, track
+        passed = not step.contractions and not step.stops and len(carried) == 1
+        if not passed or not all(map(_scales, carried.values())):
+            return value, track
+        return straight(*next(iter(carried.items())))
+
+    return straight
 
 
 def output_stop(graph: Graph, value: int) -> Stop:
@@ -320,4 +332,6 @@ def identity(track: Track | None, size: int) -> bool:
 
 def same(one: Sequence[int], other: Sequence[int]) -> bool:
     """Whether two indices are equal, be they ranges or tuples."""
-    return one == other if type(one) is type(other) else tuple(one) == tuple(other)
+    if type(one) is type(other):
+        return one is other or one == other
+    return tuple(one) == tuple(other)

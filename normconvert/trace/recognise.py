@@ -6,6 +6,7 @@ compared with LayerNorm and RMSNorm, with every convention for gain and bias. Na
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import TYPE_CHECKING, TypeAlias
@@ -49,7 +50,7 @@ def recognise(module: torch.nn.Module, shape: tuple[int, ...]) -> Formula | None
     if not _could_be_norm(module, parameters, shape):
         return None
     generator = torch.Generator().manual_seed(0)
-    with _disable_current_modes(), torch.no_grad():
+    with _disable_current_modes(), torch.no_grad(), _one_thread():
         # Far from one, of both signs: a bound or an absolute value must show.
         values = {name: _spread(p.shape, generator) for name, p in parameters.items()}
         x = _spread(shape, generator)
@@ -58,6 +59,17 @@ def recognise(module: torch.nn.Module, shape: tuple[int, ...]) -> Formula | None
             return _run(module, values, x)
 
         return _match(run, values, x) or _unrecognised(run, values, x)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """So little is done sooner than several threads have come together for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _spread(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -115,7 +127,7 @@ def _agrees(formula: Formula, run: Run, values: Values, x: torch.Tensor) -> bool
 def _candidates(values: Values) -> Iterator[Formula]:
     kinds: tuple[NormKind, ...] = ("rmsnorm", "layernorm")
     for kind in kinds:
-        for gain, bias in permutations((*values, None, None), 2):
+        for gain, bias in dict.fromkeys(permutations((*values, None, None), 2)):
             if sum(name is not None for name in (gain, bias)) != len(values):
                 continue
             for offset in (0.0, 1.0) if gain else (1.0,):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from normconvert.errors import TraceError
 from normconvert.ir.graph import Argument, Node, Ref, Size, Value
+from normconvert.trace.answers import Answers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +56,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.most_nodes = math.inf
         """A pass that would need more is broken off: its code loops over what it is given."""
         self._stale: set[int] = set()
+        self._answers = Answers()
         self._value_of: dict[int, int] = {}
         self._sharing: dict[int, list[torch.Tensor]] = {}
 
@@ -60,15 +64,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self.paused or func is torch.ops.prim.device.default:
             return func(*args, **kwargs)
-        named = _named(func, args, kwargs)
+        operator = _operator(func)
+        named = {**dict(zip(operator.inputs, args, strict=False)), **kwargs}
         if func is torch.ops.aten.cat.default:
             named["tensors"] = _not_empty(named["tensors"])
         arguments = tuple((name, self._argument(value)) for name, value in named.items())
-        written = [
-            named[arg.name]
-            for arg in func._schema.arguments
-            if arg.alias_info is not None and arg.alias_info.is_write and arg.name in named
-        ]
+        written = [named[name] for name in operator.written if name in named]
         if self.computes and self._are_known((args, kwargs), written):
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
@@ -76,17 +77,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = self._told(result)
         else:
             result = self._made_up(func, args)
+            if func is torch.ops.aten.stack.default:
+                result = _stacked(*args, **kwargs)
             if result is None:
-                result = func(*args, **kwargs)
+                result = self._answers.of(func, args, kwargs)
             if self.invents and not written:
                 result = tree_map(_invented, result)
-        overwritten = [t for t in tree_leaves(written) if isinstance(t, torch.Tensor)]
-        fresh = [
-            t
-            for t in tree_leaves(result)
-            if isinstance(t, torch.Tensor) and not any(t is other for other in overwritten)
-        ]
-        self._add(_name(func), arguments, [*overwritten, *fresh])
+        overwritten = _tensors(written)
+        fresh = [t for t in _tensors(result) if not any(t is other for other in overwritten)]
+        self._add(operator.name, arguments, [*overwritten, *fresh])
         for tensor in overwritten:
             self._overwrite_sharers(tensor)
         return result
@@ -96,12 +95,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Not those of a tensor, on whatever memory, over which unknown ones were written.
         """
-        tensors = [t for t in tree_leaves(read) if isinstance(t, torch.Tensor)]
+        tensors = _tensors(read)
         real = {_storage(t) for t in tensors if not isinstance(t, FakeTensor)}
         known = not any(isinstance(t, FakeTensor) for t in tensors) and not real & self._stale
         if not known:
-            over = (t for t in tree_leaves(written) if isinstance(t, torch.Tensor))
-            self._stale |= real & {_storage(t) for t in over}
+            self._stale |= real & {_storage(t) for t in _tensors(written)}
         return known
 
     def _made_up(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor | int | None:
@@ -200,6 +198,19 @@ def _not_empty(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if _shape(tensor) != (0,)] or tensors
 
 
+def _stacked(tensors: list[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
+    """Tensors of one kind as a stack: the fake mode would look at each of hundreds of experts.
+
+    None if they are not of one kind.
+    """
+    first = tensors[0]
+    kind = (first.shape, first.dtype, first.device)
+    if not all((t.shape, t.dtype, t.device) == kind and t.is_contiguous() for t in tensors):
+        return None
+    axis = dim % (first.ndim + 1)
+    return first.new_empty((*first.shape[:axis], len(tensors), *first.shape[axis:]))
+
+
 def _invented(result: Any) -> Any:
     """Numbers for a tensor of integers or decisions whose own are not known."""
     known = not isinstance(result, FakeTensor) or not all(isinstance(n, int) for n in result.shape)
@@ -209,22 +220,44 @@ def _invented(result: Any) -> Any:
         return torch.full(result.shape, result.dtype is torch.bool, dtype=result.dtype)
 
 
-def _named(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = [argument.name for argument in func._schema.arguments]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+@dataclass(frozen=True, slots=True)
+class _Operator:
+    """What the schema of an operator says: its name, its inputs, and those that it writes to.
 
-
-def _name(func: Any) -> str:
-    """``mm`` for aten.mm.default and mm_ alike; with the namespace if it is not aten.
-
+    The name is ``mm`` for aten.mm.default and mm_ alike; with the namespace if it is not aten.
     ``mm.out`` if the result is written over a tensor given for it: no rule knows that.
     """
-    namespace, _, name = func._schema.name.partition("::")
-    if any(argument.is_out for argument in func._schema.arguments):
+
+    name: str
+    inputs: tuple[str, ...]
+    written: tuple[str, ...]
+
+
+@cache
+def _operator(func: Any) -> _Operator:
+    """Read once of each: torch makes its schema anew whenever it is asked."""
+    schema = func._schema
+    namespace, _, name = schema.name.partition("::")
+    if any(argument.is_out for argument in schema.arguments):
         name += ".out"
-    if func._schema.is_mutable and name.endswith("_") and not name.endswith("__"):
+    if schema.is_mutable and name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
-    return str(name if namespace == "aten" else f"{namespace}::{name}")
+    return _Operator(
+        name=str(name if namespace == "aten" else f"{namespace}::{name}"),
+        inputs=tuple(argument.name for argument in schema.arguments),
+        written=tuple(
+            argument.name
+            for argument in schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ),
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors that `value` is or holds."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _shape(tensor: torch.Tensor) -> tuple[Size, ...]:
