@@ -47,7 +47,7 @@ def towers(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
     from transformers import PreTrainedModel
 
     found: dict[str, PreTrainedModel] = {}
-    if main_input(model) != "input_ids" or "decoder_input_ids" in accepted(model.forward):
+    if main_input(model) != "input_ids":
         return found
     for path, part in model.named_modules():
         inside = any(path.startswith(f"{tower}.") for tower in found)
@@ -120,7 +120,7 @@ def _features_inputs(
             with unset_fake_temporarily():
                 main = torch.ones(len(main), 1, *main.shape[1:], dtype=main.dtype)
         elif getattr(part.config, "image_grid_pinpoints", None):
-            tiles = _most_tiles(part, main.shape[-1])
+            tiles = _fewest_tiles(part, main.shape[-1])
             main = main.unsqueeze(1).expand(-1, tiles, -1, -1, -1)
     name = "pixel_values" if "pixel_values" in names else names[0]
     return {name: main, **told(run, numbers)}
@@ -129,10 +129,10 @@ def _features_inputs(
 _WHOLE = 4  # axes of images that are not cut
 
 
-def _most_tiles(part: PreTrainedModel, side: int) -> int:
-    """Into how many tiles an image may be cut, and one of it all."""
+def _fewest_tiles(part: PreTrainedModel, side: int) -> int:
+    """Into how many tiles an image of one tile's size is cut, and one of it all."""
     sizes = setting(part, "image_grid_pinpoints")
-    return 1 + max(int(-(-height // side) * -(-width // side)) for height, width in sizes)
+    return 1 + min(int(-(-height // side) * -(-width // side)) for height, width in sizes)
 
 
 def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:

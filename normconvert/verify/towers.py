@@ -60,7 +60,8 @@ def _in_a_text(model: Any, inputs: dict[str, Any], features: Any) -> Any:
     for rows in _rows(features):
         ids += [*range(1, 1 + _BETWEEN), *[place] * rows]
     tokens = moved_to(model)(torch.tensor([[*ids, *range(1, 1 + _BETWEEN)]]))
-    more = {"use_cache": False, "mm_token_type_ids": (tokens == place).to(torch.int64)}
+    kinds = (tokens == place).to(torch.int64)
+    more = {"use_cache": False, "mm_token_type_ids": kinds, "decoder_input_ids": kinds}
     taken = accepted(model.forward)
     more = {name: value for name, value in more.items() if name in taken}
     return model(input_ids=tokens, **inputs, **more)
