@@ -149,20 +149,23 @@ def record(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
     calls = NormCalls(model, recorder)
-    of_towers, failed = list[tuple[str, int]](), list[tuple[str, str, str]]()
+    of_towers, ran, failed = list[tuple[str, int]](), set[str](), dict[str, tuple[str, str]]()
     returned = _run(model, recorder, calls, optional=optional)
     others = _other_ways(model, recorder, calls) if recorder.invents else []
     if long and reads_ids(model):
         others += _long_run(model, recorder, calls)
     passes = tower_passes(model, BATCH, LENGTH) if with_towers else ()
     for number, each in enumerate(passes, _FIRST_OF_TOWERS):
+        if each.name in ran:
+            continue
         calls.run = number
         try:
             with recorder.undone_on_error(), calls.undone_on_error():
                 found = _tower_run(each, recorder, calls)
         except TraceError as error:
-            failed.append((each.name, error.module, str(error)))
+            failed[each.name] = error.module, str(error)
             continue
+        ran.add(each.name)
         if each.name:
             of_towers += [(f"{each.name}.{name}", value) for name, value in found]
         else:
@@ -185,7 +188,7 @@ def record(
         widths=tuple(widths(model)),
         searched=recorder.found is not None or recorder.invents,
         not_run=calls.not_run((BATCH, LENGTH)),
-        failed=tuple(failed),
+        failed=tuple((name, *why) for name, why in failed.items() if name not in ran),
     )
 
 

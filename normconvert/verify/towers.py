@@ -30,9 +30,11 @@ def tower_outputs(model: Any) -> dict[str, Any]:
         inputs = tree_map(partial(_drawn, generator), each.inputs)
         inputs = tree_map(moved_to(model), inputs)
         kind = "spectra" if "input_features" in inputs else "images"
+        name = f"{each.name}, {kind}" if each.name else f"{kind} and tokens"
+        if name in found:
+            continue
         with suppress(Exception):  # foreign code
-            output = each.run(**inputs)
-            found[f"{each.name}, {kind}" if each.name else f"{kind} and tokens"] = output
+            output = found[name] = each.run(**inputs)
             if each.name and not each.alone:
                 found[f"{kind} in a text"] = _in_a_text(model, inputs, output)
     return found
