@@ -83,7 +83,7 @@ def _row(model: PreTrainedModel, _: int) -> Images:
     sides = torch.tensor([[3, 5], [2, 1]]) * merge  # 17 merged, which no size is
     grid = torch.cat([torch.ones(len(sides), 1, dtype=sides.dtype), sides], dim=1)
     merges = torch.full((len(sides),), merge)
-    return (int(sides.prod(1).sum()), *_first(model).shape[1:]), {
+    return (int(sides.prod(1).sum()), math.prod(patch_shape(model))), {
         "grid_thw": grid,
         "image_grid_thw": grid,
         "image_grid_hw": sides,
@@ -108,7 +108,7 @@ def _padded(model: PreTrainedModel, _: int) -> Images:
     counts = sides.prod(1)
     most = int(counts.max())
     mask = (torch.arange(most) < counts[:, None]).to(torch.int64)
-    return (len(sides), most, math.prod(_first(model).shape[1:])), {
+    return (len(sides), most, math.prod(patch_shape(model))), {
         "spatial_shapes": sides,
         "pixel_attention_mask": mask,
     }
@@ -118,7 +118,7 @@ def _placed(model: PreTrainedModel, batch: int) -> Images:
     """The patches of each image, and where they are in it."""
     side = 3 * _MERGE
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(batch, -1, 2)
-    return (batch, side * side, math.prod(_first(model).shape[1:])), {
+    return (batch, side * side, math.prod(patch_shape(model))), {
         "pixel_position_ids": places,
         "image_position_ids": places,
     }
@@ -140,6 +140,11 @@ _MERGE = 4
 
 def _sides() -> torch.Tensor:
     return _MERGE * torch.tensor([[3, 5], [2, 1]])
+
+
+def patch_shape(model: PreTrainedModel) -> tuple[int, ...]:
+    """The pixels of a patch, as the layer that reads them has them."""
+    return tuple(_first(model).shape[1:])
 
 
 def _first(model: PreTrainedModel) -> torch.Tensor:

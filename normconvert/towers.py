@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from normconvert.images import accepted, images, setting, told
+from normconvert.images import accepted, images, patch_shape, setting, told
 from normconvert.model_inputs import (
     MAIN_INPUTS,
     in_patches,
@@ -47,7 +47,7 @@ def towers(model: PreTrainedModel) -> dict[str, PreTrainedModel]:
     from transformers import PreTrainedModel
 
     found: dict[str, PreTrainedModel] = {}
-    if main_input(model) != "input_ids" or "decoder_input_ids" in accepted(model.forward):
+    if main_input(model) != "input_ids":
         return found
     for path, part in model.named_modules():
         inside = any(path.startswith(f"{tower}.") for tower in found)
@@ -65,19 +65,29 @@ def tower_passes(model: PreTrainedModel, batch: int, length: int) -> Iterator[Pa
     """The passes that run what a pass on text leaves out.
 
     Each tower by itself; and what makes of its output that which the text model reads: a method of
-    transformers' models, or the whole model, on `length` tokens beside the images.
+    transformers' models, or the whole model, on `length` tokens beside the images. Of the passes of
+    one name the first that runs is meant.
     """
     for path, tower in towers(model).items():
         try:
+            shapes = _shapes(tower, batch, length)
             with torch.device(model.device):
-                main = torch.zeros(main_shape(tower, batch, length), dtype=model.dtype)
-            inputs = plain_inputs(tower, main, torch.empty(0))
-            beside = _beside(model, path, tower, main, length)
+                mains = [torch.zeros(shape, dtype=model.dtype) for shape in shapes]
+            inputs = [plain_inputs(tower, main, torch.empty(0)) for main in mains]
+            beside = [_beside(model, path, tower, main, length) for main in mains]
         except Exception:  # of no known size; a config may hold anything
             continue
-        yield Pass(name=path, part=tower, run=tower, inputs=inputs, alone=True)
-        if beside is not None:
-            yield beside
+        for given in inputs:
+            yield Pass(name=path, part=tower, run=tower, inputs=given, alone=True)
+        yield from (each for each in beside if each is not None)
+
+
+def _shapes(tower: PreTrainedModel, batch: int, length: int) -> list[tuple[int, ...]]:
+    """The shapes that the main input may have: code may read the pixels of a patch in a row."""
+    shapes = [main_shape(tower, batch, length)]
+    if in_patches(tower) and len(patch_shape(tower)) > 1:
+        shapes.append((shapes[0][0], *patch_shape(tower)))
+    return shapes
 
 
 def _beside(
@@ -115,12 +125,12 @@ def _features_inputs(
         masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), frames)
         return {"input_features": main, **told(run, masks)}
     _, numbers = images(tower, len(main))
-    if main.ndim == _WHOLE:
+    if main.ndim == _WHOLE and not in_patches(tower):
         if "pixel_attention_mask" in names:  # the images of each sequence, of which zeros are none
             with unset_fake_temporarily():
                 main = torch.ones(len(main), 1, *main.shape[1:], dtype=main.dtype)
         elif getattr(part.config, "image_grid_pinpoints", None):
-            tiles = _most_tiles(part, main.shape[-1])
+            tiles = _fewest_tiles(part, main.shape[-1])
             main = main.unsqueeze(1).expand(-1, tiles, -1, -1, -1)
     name = "pixel_values" if "pixel_values" in names else names[0]
     return {name: main, **told(run, numbers)}
@@ -129,10 +139,10 @@ def _features_inputs(
 _WHOLE = 4  # axes of images that are not cut
 
 
-def _most_tiles(part: PreTrainedModel, side: int) -> int:
-    """Into how many tiles an image may be cut, and one of it all."""
+def _fewest_tiles(part: PreTrainedModel, side: int) -> int:
+    """Into how many tiles an image of one tile's size is cut, and one of it all."""
     sizes = setting(part, "image_grid_pinpoints")
-    return 1 + max(int(-(-height // side) * -(-width // side)) for height, width in sizes)
+    return 1 + min(int(-(-height // side) * -(-width // side)) for height, width in sizes)
 
 
 def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:

@@ -196,8 +196,11 @@ def _run_towers(
     model: PreTrainedModel, recorder: Recorder, calls: NormCalls
 ) -> tuple[list[tuple[str, int]], list[list[tuple[str, int]]], list[tuple[str, str, str]]]:
     """What towers return, what the whole model returns beside images, and what cannot be run."""
-    of_towers, of_the_whole, failed = list[tuple[str, int]](), [], list[tuple[str, str, str]]()
+    of_towers, of_the_whole = list[tuple[str, int]](), list[list[tuple[str, int]]]()
+    ran, failed = set[str](), dict[str, tuple[str, str]]()
     for each in tower_passes(model, BATCH, LENGTH):
+        if each.name in ran:
+            continue
         options = {"output_hidden_states": True} if each.alone else {}
         what = "" if each.name else "beside images"
         try:
@@ -205,13 +208,18 @@ def _run_towers(
                 output = output_of(each.part, recorder, calls, each.inputs | options, run=each.run)
                 found = values_of(each.part, recorder, output)
         except TraceError as error:
-            failed.append((each.name, error.module, str(error)))
+            failed[each.name] = error.module, str(error)
             continue
+        ran.add(each.name)
         if each.name:
             of_towers += [(f"{each.name}.{name}", value) for name, value in found]
         else:
             of_the_whole.append(found)
-    return of_towers, of_the_whole, failed
+    return (
+        of_towers,
+        of_the_whole,
+        [(name, *why) for name, why in failed.items() if name not in ran],
+    )
 
 
 def _other_ways(

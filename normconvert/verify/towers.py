@@ -30,9 +30,11 @@ def tower_outputs(model: Any) -> dict[str, Any]:
         inputs = tree_map(partial(_drawn, generator), each.inputs)
         inputs = tree_map(moved_to(model), inputs)
         kind = "spectra" if "input_features" in inputs else "images"
+        name = f"{each.name}, {kind}" if each.name else f"{kind} and tokens"
+        if name in found:
+            continue
         with suppress(Exception):  # foreign code
-            output = each.run(**inputs)
-            found[f"{each.name}, {kind}" if each.name else f"{kind} and tokens"] = output
+            output = found[name] = each.run(**inputs)
             if each.name and not each.alone:
                 found[f"{kind} in a text"] = _in_a_text(model, inputs, output)
     return found
@@ -60,7 +62,8 @@ def _in_a_text(model: Any, inputs: dict[str, Any], features: Any) -> Any:
     for rows in _rows(features):
         ids += [*range(1, 1 + _BETWEEN), *[place] * rows]
     tokens = moved_to(model)(torch.tensor([[*ids, *range(1, 1 + _BETWEEN)]]))
-    more = {"use_cache": False, "mm_token_type_ids": (tokens == place).to(torch.int64)}
+    kinds = (tokens == place).to(torch.int64)
+    more = {"use_cache": False, "mm_token_type_ids": kinds, "decoder_input_ids": kinds}
     taken = accepted(model.forward)
     more = {name: value for name, value in more.items() if name in taken}
     return model(input_ids=tokens, **inputs, **more)

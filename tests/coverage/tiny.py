@@ -48,6 +48,7 @@ CLASSES = (
     "Gemma4ForConditionalGeneration", "Idefics2ForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration", "AriaForConditionalGeneration",
     "Ovis2ForConditionalGeneration", "Llama4ForConditionalGeneration",
+    "T5Gemma2ForConditionalGeneration",
 )  # fmt: skip
 
 # Other forms of types, as the zoo has them: tied and untied, block layouts, with and without parts.
@@ -137,6 +138,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "Idefics3ForConditionalGeneration": _SIGLIP,
     "gemma3": {"mm_tokens_per_image": 25},
     "Gemma3ForConditionalGeneration": {"mm_tokens_per_image": 25},
+    "T5Gemma2ForConditionalGeneration": {"encoder.mm_tokens_per_image": 25},
     "PaliGemmaForConditionalGeneration": {"projection_dim": 54},
     "LlavaNextForConditionalGeneration": {"image_grid_pinpoints": [[15, 30], [30, 15], [30, 30]]},
     "MllamaForConditionalGeneration": {
