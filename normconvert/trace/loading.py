@@ -49,7 +49,7 @@ def build(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -
 def _cast_anew() -> Iterator[None]:
     """Inside, `module.to(dtype)` makes new parameters: torch cannot exchange fake ones in place."""
     before = torch.nn.Module._apply
-    torch.nn.Module._apply = _apply  # type: ignore[assignment, method-assign]
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -60,7 +60,7 @@ def _apply(
     module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> torch.nn.Module:
     for child in module.children() if recurse else ():
-        child._apply(change)
+        child._apply(change)  # type: ignore[no-untyped-call]
     for name, parameter in module._parameters.items():
         if parameter is not None:
             changed = torch.nn.Parameter(change(parameter), parameter.requires_grad)
