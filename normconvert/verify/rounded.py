@@ -7,7 +7,7 @@ rounded to find out, except for short products of bfloat16, which most weights a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from normconvert.verify.recompute import Array, Enclosure
     from normconvert.verify.stored import Raw
 
-_INTEGER = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
+_INTEGER: dict[str, Any] = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 
 
 def wrongly_rounded(raw: Raw, dtype: str, exact: Enclosure) -> tuple[npt.NDArray[np.bool_], int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import document
 import pytest
 import tiny
+import transformers
 from measure import measure
 
 pytestmark = pytest.mark.coverage
@@ -19,13 +20,20 @@ def test_exact_or_refused(name: str, tmp_path: Path) -> None:
     # The zoo's models are compared in test_conversion.py and test_layernorm.py.
     row = measure(name, tmp_path, compare=not tiny.of_the_zoo(name))
     assert row.error <= EXACT
-    text = document.line(row)
-    known = document.known_lines()[name]
-    assert document.without_error(known) == document.without_error(text), (
-        "docs/coverage.md is out of date: make coverage"
-    )
+    text, known = document.line(row), document.known_lines().get(name)
+    if document.is_of_this_release():
+        assert known is not None
+        assert document.without_error(known) == document.without_error(text), (
+            "docs/coverage.md is out of date: make coverage"
+        )
+    elif known is not None:
+        assert row.model or "not traced" in known, text
 
 
+@pytest.mark.skipif(
+    not document.is_of_this_release(),
+    reason=f"docs/coverage.md was not made with transformers {transformers.__version__}",
+)
 def test_the_page_has_every_type_and_no_other() -> None:
     assert list(document.known_lines()) == list(tiny.NAMES)
     assert document.PAGE.read_text().startswith(document.HEAD)

@@ -80,7 +80,7 @@ MORE_SIZES: Mapping[str, Any] = {
     "nemo_conv_channels": 11, "ext_pw_out_channel": 54, "depthwise_separable_out_channel": 54,
     "num_blocks": 3, "d_kv": 10,
     "indexer_n_heads": 3, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 6,
-    "indexer_compress_ratio": 3,
+    "indexer_compress_ratio": 3, "unpadded_vocab_size": 97,
     "image_token_id": 100, "image_token_index": 100, "audio_token_id": 99, "video_token_id": 98,
 }  # fmt: skip
 
@@ -110,7 +110,7 @@ _MAMBA: Mapping[str, Any] = {"mamba_n_heads": 9, "mamba_d_head": 12, "mamba_d_st
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(
         ("axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32",
-         "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "youtu"),
+         "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "sarvam_mla", "youtu"),
         _LATENT,
     ),
     "Qwen2VLForConditionalGeneration": {
