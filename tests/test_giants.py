@@ -77,9 +77,9 @@ def stored(model: Any) -> list[tuple[str, tuple[int, ...]]]:
 @pytest.mark.parametrize(
     ("model_type", "architecture", "sizes", "tensors", "norms", "seconds", "mebibytes"),
     [
-        ("llama", "LlamaForCausalLM", LLAMA_405B, 1137, 253, 60, 1000),
+        ("llama", "LlamaForCausalLM", LLAMA_405B, 1137, 253, 30, 1000),
         pytest.param(
-            *("deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_671B, 45395, 245, 90, 1200),
+            *("deepseek_v3", "DeepseekV3ForCausalLM", DEEPSEEK_671B, 45395, 245, 45, 1200),
             marks=pytest.mark.coverage,
         ),
     ],
