@@ -113,9 +113,9 @@ class _Leaf:
     def __getitem__(self, _: object) -> _Leaf:
         return self
 
-    def to(self, *, device: object, dtype: torch.dtype) -> torch.Tensor:
+    def to(self, *, device: object, dtype: torch.dtype | None) -> torch.Tensor:
         """The tensor; it is where it is to be, and a fake one takes long to say so."""
-        return self.tensor if self.tensor.dtype is dtype else self.tensor.to(dtype)
+        return self.tensor if dtype in (None, self.tensor.dtype) else self.tensor.to(dtype)
 
 
 @contextmanager
