@@ -67,6 +67,7 @@ from normconvert.ir.expression import (
 )
 from normconvert.ir.native import Native, native_config, starred
 from normconvert.model_class import auto_classes
+from normconvert.nn.centering import centered
 from normconvert.nn.modeling_normconvert import (
     MODEL_TYPE,
     change_modules,
@@ -315,9 +316,13 @@ class _Seen(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.expression = name, expression
+        inner = expression.of if isinstance(expression, DropLast) else expression
+        self.centers = isinstance(inner, Center) and inner.of == Tensor(name)
         self.others = dict(others)  # in a dict, so that torch does not register them here as well
 
     def forward(self, original: torch.Tensor) -> torch.Tensor:
+        if self.centers:  # the one operation widens and rounds by itself
+            return _evaluated(self.expression, {self.name: original}, original)
         dtype = torch.promote_types(original.dtype, torch.float32)
         known = {name: _original(*where) for name, where in self.others.items()}
         wide = {name: value.to(dtype) for name, value in {**known, self.name: original}.items()}
@@ -349,8 +354,9 @@ def _evaluated(
             shape[axis] = -1
             return scaled * _evaluated(by, known, original).view(shape)
         case Center(of, axis):
-            x = _evaluated(of, known, original)
-            return x - x.mean(axis, keepdim=True)
+            return centered(_evaluated(of, known, original), axis)
+        case DropLast(Center(of, axis), dropped) if dropped == axis:
+            return centered(_evaluated(of, known, original), axis, drop_last=True)
         case DropLast(of, axis):
             x = _evaluated(of, known, original)
             return x.narrow(axis, 0, x.shape[axis] - 1)

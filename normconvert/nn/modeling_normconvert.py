@@ -21,18 +21,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+Factor: TypeAlias = "torch.Tensor | None"
+
 # Measured on torch 2.13, x86 with AVX2: from here on the set-up of the faster kernel pays.
-_FEW_ROWS = 12
 _MANY_NUMBERS = 2**18
 
 
@@ -85,7 +87,7 @@ class _Norm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.size, self.eps, self.offset = size, eps, offset
+        self.size, self.eps, self.offset = size, float(eps), float(offset)
         self._set_shape(used=size)
         # A plain None is found at once; a parameter that is None only after a search, which
         # on one row takes as long as a tenth of the norm.
@@ -101,7 +103,14 @@ class _Norm(nn.Module):
         """What the kernel computes: see its `struct shape`."""
         self._adds = adds
         size = self.size if lacks else used
-        self._shape = struct.pack("5q", self.size - lacks, used, size, lacks, adds)
+        self._shape = (self.size - lacks, used, size, lacks, adds)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The kernel was told these numbers, as numbers."""
+        if name in ("size", "eps", "offset", "used", "expand") and name in self.__dict__:
+            kind = type(self).__name__
+            raise AttributeError(f"{name} of a {kind} cannot be changed; make another {kind}")
+        super().__setattr__(name, value)
 
     def reset_parameters(self) -> None:
         """The identity: an effective gain of 1, a bias of 0."""
@@ -110,16 +119,63 @@ class _Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def _gain_and_bias(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The norm of x by the kernel; by operations where it must keep out: see `readable`."""
+        if not is_compiling() and readable(x) and (kernel := _kernel()) is not None:
+            # `self.weight` would search for it, which takes a tenth of the norm of a row.
+            own = self._parameters
+            weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
+            bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+            *rows, n = x.shape
+            form = _form(
+                self._shape,
+                n,
+                1 if x.numel() < ONE_THREAD else torch.get_num_threads(),
+                x.dtype,
+                None if weight is None else weight.dtype,
+                None if bias is None else bias.dtype,
+                self.eps,
+                self.offset,
+            )
+            wide = n + self._adds
+            if (
+                form is not None
+                and (weight is None or _takes(weight, wide))
+                and (bias is None or _takes(bias, wide))
+            ):
+                given = (x, weight, bias)
+                if not is_grad_enabled() or not any(
+                    t.requires_grad for t in given if t is not None
+                ):
+                    # On one row `(*rows, wide)`, as one argument, would take a tenth.
+                    y = x.new_empty(*rows, wide) if self._adds else torch.empty_like(x)
+                    if _norm_by(kernel, form, x, y, weight, bias):
+                        return y
+                elif not transforms():
+                    return _Differentiable.apply(self, form, *given)  # type: ignore[no-any-return,no-untyped-call]
+        return self._operations(x, self.weight, self.bias)
+
+    def _operations(self, x: torch.Tensor, weight: Factor, bias: Factor) -> torch.Tensor:
+        """The norm of x by operations of torch, with these for its weight and bias."""
+        raise NotImplementedError
+
+    def _gain_and_bias(self, weight: Factor, bias: Factor) -> tuple[Factor, Factor]:
         """Both at least float32: 1 + w would lose most of a small w in half precision."""
-        gain = None if self.weight is None else _wide(self.weight)
+        gain = None if weight is None else _wide(weight)
         if gain is not None and self.offset:
             gain = gain + self.offset
-        return gain, None if self.bias is None else _wide(self.bias)
+        return gain, None if bias is None else _wide(bias)
 
-    def _scaled(self, x: torch.Tensor, wide: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    def _scaled(
+        self,
+        x: torch.Tensor,
+        wide: torch.Tensor,
+        inverse: torch.Tensor,
+        weight: Factor,
+        bias: Factor,
+    ) -> torch.Tensor:
         """x · inverse · gain + bias, where `wide` is x in float32, in the dtype of x."""
-        gain, bias = self._gain_and_bias()
+        gain, bias = self._gain_and_bias(weight, bias)
         if gain is None and bias is None:
             return _scale_rows(x, wide, inverse)
         y = wide * inverse
@@ -127,46 +183,12 @@ class _Norm(nn.Module):
             y = y * gain
         return (y if bias is None else y + bias).to(x.dtype)
 
-    def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The norm of x by the kernel.
-
-        None where there is no kernel, or it does not take x or the factors: see `_readable`.
-        """
-        if torch.compiler.is_compiling() or not _readable(x) or (kernel := _kernel()) is None:
-            return None
-        gain, bias, n = self.weight, self.bias, x.size(-1)
-        if not (gain is None and bias is None):
-            wide = n + self._adds
-            if not (_takes(gain, wide) and _takes(bias, wide)):
-                return None
-        numbers = x.numel()
-        out = torch.empty_like(x) if not self._adds else x.new_empty((*x.shape[:-1], n + 1))
-        taken = kernel(
-            _form(
-                self._shape,
-                x.dtype,
-                None if gain is None else gain.dtype,
-                None if bias is None else bias.dtype,
-                self.eps,
-                self.offset,
-            ),
-            x.data_ptr(),
-            out.data_ptr(),
-            None if gain is None else gain.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            n,
-            numbers // n if n else 0,
-            1 if numbers < _ONE_THREAD else torch.get_num_threads(),
-        )
-        return out if taken else None
-
-    def _layer_norm(self, x: torch.Tensor) -> torch.Tensor:
+    def _layer_norm(self, x: torch.Tensor, gain: Factor, bias: Factor) -> torch.Tensor:
         """torch's LayerNorm, which is RMSNorm where x [..., size] has mean zero."""
-        gain: torch.Tensor | None = self.weight
-        bias: torch.Tensor | None = self.bias
-        if self.offset or gain is None or gain.dtype is not x.dtype:
-            gain, bias = self._gain_and_bias()
-        if gain is None and x.dtype is torch.float32 and x.numel() > _FEW_ROWS * self.size:
+        if self.offset or any(f is not None and f.dtype is not x.dtype for f in (gain, bias)):
+            wide = self._gain_and_bias(gain, bias)
+            gain, bias = (None if each is None else each.float() for each in wide)
+        if gain is None and x.dtype is torch.float32 and x.numel() > self.size:
             gain = x.new_ones(self.size)  # without one the float32 kernel is not vectorized
         return torch.layer_norm(x, (self.size,), gain, bias, self.eps)
 
@@ -201,18 +223,13 @@ class RMSNorm(_Norm):
         super().__init__(size, eps, gain=gain, bias=bias, offset=offset, device=device, dtype=dtype)
         self.zero_mean = zero_mean
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        zero_mean = self.zero_mean and _has_fast_layer_norm(x)
-        if zero_mean and x.numel() <= _FEW_ROWS * self.size:
-            return self._layer_norm(x)
-        if (fused := self._fused(x)) is not None:
-            return fused
-        if zero_mean:
-            return self._layer_norm(x)
+    def _operations(self, x: torch.Tensor, weight: Factor, bias: Factor) -> torch.Tensor:
+        if self.zero_mean and _has_fast_layer_norm(x):
+            return self._layer_norm(x, weight, bias)
         if _has_fused_rms_norm(self, x):
-            return F.rms_norm(x, (self.size,), self.weight, self.eps)
+            return F.rms_norm(x, (self.size,), weight, self.eps)
         wide = _wide(x)
-        return self._scaled(x, wide, _inverse_rms(wide, self.eps))
+        return self._scaled(x, wide, _inverse_rms(wide, self.eps), weight, bias)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", zero_mean=True" if self.zero_mean else "")
@@ -244,11 +261,9 @@ class PartialRMSNorm(_Norm):
         self.used = math.ceil(round(size * fraction, 6))
         self._set_shape(used=self.used)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (fused := self._fused(x)) is not None:
-            return fused
+    def _operations(self, x: torch.Tensor, weight: Factor, bias: Factor) -> torch.Tensor:
         wide = _wide(x)
-        return self._scaled(x, wide, _inverse_rms(wide[..., : self.used], self.eps))
+        return self._scaled(x, wide, _inverse_rms(wide[..., : self.used], self.eps), weight, bias)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, fraction={self.fraction}"
@@ -280,17 +295,15 @@ class CRMSNorm(_Norm):
         self.expand = expand
         self._set_shape(used=size - 1, lacks=True, adds=expand)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if (fused := self._fused(x)) is not None:
-            return fused
+    def _operations(self, x: torch.Tensor, weight: Factor, bias: Factor) -> torch.Tensor:
         wide = _wide(x)
         if self.expand:
             # Not the sum rounded to half precision: every coordinate would feel the error.
             full = expand(wide)
             if _has_fast_layer_norm(full):
-                return self._layer_norm(full).to(x.dtype)
-            return self._scaled(full, full, _inverse_rms(full, self.eps)).to(x.dtype)
-        return self._scaled(x, wide, self._inverse(wide))
+                return self._layer_norm(full, weight, bias).to(x.dtype)
+            return self._scaled(full, full, _inverse_rms(full, self.eps), weight, bias).to(x.dtype)
+        return self._scaled(x, wide, self._inverse(wide), weight, bias)
 
     def _inverse(self, wide: torch.Tensor) -> torch.Tensor:
         """1 / sqrt((Σx² + (Σx)²) / d + eps), [..., d - 1] → [..., 1]."""
@@ -311,7 +324,7 @@ class DeferredRMSNormLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, eps: float) -> None:
         super().__init__()
-        self.linear, self.eps = linear, eps
+        self.linear, self.eps = linear, float(eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         product = F.linear(x, self.linear.weight)
@@ -352,20 +365,15 @@ def _has_fast_layer_norm(x: torch.Tensor) -> bool:
     take the mean, forwards or backwards: training must not depend on the device. Never in
     torch.jit's trace, which is made with gradients and checked without.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     seen = not compiling and (_traced() is not None or forward_ad._current_level >= 0)
     return x.is_cpu and x.dtype is not torch.float64 and not x.requires_grad and not seen
 
 
 def _has_fused_rms_norm(norm: RMSNorm, x: torch.Tensor) -> bool:
     """Whether torch computes `norm` in one kernel: on a GPU, with a gain in the dtype of x."""
-    gain = norm.weight
-    return (
-        x.is_cuda
-        and norm.bias is None
-        and not norm.offset
-        and (gain is None or gain.dtype is x.dtype)
-    )
+    gain, plain = norm.weight, norm.bias is None and not norm.offset
+    return x.is_cuda and plain and (gain is None or gain.dtype is x.dtype)
 
 
 def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -376,7 +384,7 @@ def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> to
     """
     if wide is x:
         return wide * factor
-    if not x.is_cpu or x.numel() < _MANY_NUMBERS or torch.compiler.is_compiling():
+    if not x.is_cpu or x.numel() < _MANY_NUMBERS or is_compiling():
         return (wide * factor).to(x.dtype)
     gain = factor.flatten()  # [rows], float32
     channels = x.reshape(1, gain.numel(), x.shape[-1])
@@ -388,7 +396,7 @@ def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> to
 # torch's LayerNorm. It is compiled once, in half a second, and kept for the next process; where
 # there is no C compiler, the torch operations above are what runs.
 
-_KERNEL = r"""
+NUMBERS = r"""
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -423,7 +431,9 @@ static void widen(const void *from, int64_t dtype, int64_t n, float *to) {
 static void narrow(const float *from, int64_t dtype, int64_t n, void *to) {
   uint16_t *halves = to;
   int64_t i = 0;
-  if (dtype == BFLOAT16) {
+  if (dtype == FLOAT32) {
+    memcpy(to, from, n * sizeof *from);
+  } else if (dtype == BFLOAT16) {
     for (; i < n; i++) {
       uint32_t bits;
       memcpy(&bits, from + i, sizeof bits);
@@ -460,33 +470,38 @@ static void sums(const float *x, int64_t n, float *sum, float *squares) {
   *sum = s[0];
   *squares = q[0];
 }
+"""
 
+_KERNEL = r"""
 struct form {
   struct shape {
     int64_t n, used;      /* the coordinates of x, and of how many of them the sums are */
     int64_t size;         /* by which the sum of squares is divided: d */
     int64_t lacks, adds;  /* whether x lacks the last of d; whether y has it again */
   } shape;
-  int64_t dtype, gain_dtype, bias_dtype;
+  int64_t dtype, gain_dtype, bias_dtype, threads;
   double eps, offset;
 };
+
+/* 1 / RMS of a row, and the sum of its numbers. */
+static float inverse_rms(const struct form *form, const float *x, float *sum) {
+  float squares;
+  sums(x, form->shape.used, sum, &squares);
+  if (form->shape.lacks) squares += *sum * *sum;
+  return 1 / sqrtf(squares / form->shape.size + (float)form->eps);
+}
 
 /* One row; `out` is where its numbers are made in float32, and may be `in`. */
 static void row(const struct form *form, const float *in, float *out, const float *gain,
                 const float *bias) {
-  const struct shape *shape = &form->shape;
-  const int64_t n = shape->n, wide = n + shape->adds;
-  float sum, squares;
-  sums(in, shape->used, &sum, &squares);
-  if (shape->lacks) squares += sum * sum;
-  const float inverse = 1 / sqrtf(squares / shape->size + (float)form->eps);
+  const int64_t n = form->shape.n;
+  float sum;
+  const float inverse = inverse_rms(form, in, &sum);
   if (gain)
-    for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse * gain[i];
+    for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse * gain[i] + bias[i];
   else
     for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse;
-  if (shape->adds) out[n] = -sum * inverse * (gain ? gain[n] : 1);
-  if (bias)
-    for (int64_t i = 0; i < wide; i++) out[i] += bias[i];
+  if (form->shape.adds) out[n] = -sum * inverse * (gain ? gain[n] : 1) + (gain ? bias[n] : 0);
 }
 
 /* From one row to another; `buffer` has room for a row in float32. */
@@ -507,40 +522,131 @@ static void rows(const struct form *form, const char *x, char *y, const float *g
   }
 }
 
-/* y = x / sqrt(sum of squares / size + eps) * (offset + gain) + bias, row by row. A coordinate
-   that x lacks is minus the sum of the others. Returns whether it was computed. */
+/* A gain or a bias in float32, `n` of it; where there is none, `n` times `otherwise`. */
+static float *factor(const void *from, int64_t dtype, int64_t n, float otherwise, float offset,
+                     float *to) {
+  if (from) widen(from, dtype, n, to);
+  for (int64_t i = 0; i < n; i++) to[i] = from ? to[i] + offset : otherwise;
+  return to;
+}
+
+/* y = x / sqrt(sum of squares / size + eps) * (offset + gain) + bias, row by row, of `numbers` in
+   x. A coordinate that x lacks is minus the sum of the others. Returns whether it was computed. */
 int norm(const struct form *form, const void *x, void *y, const void *gain, const void *bias,
-         int64_t n, int64_t count, int64_t threads) {
-  const int64_t wide = n + form->shape.adds;
-  if (n != form->shape.n) return 0;
-  const int64_t kept = (gain != 0) + (bias != 0) + (form->dtype == FLOAT32 ? 0 : threads);
+         int64_t numbers) {
+  const int64_t n = form->shape.n, wide = n + form->shape.adds, threads = form->threads;
+  const int64_t count = numbers / n, buffers = form->dtype == FLOAT32 ? 0 : threads;
+  const int64_t kept = (gain || bias ? 2 : 0) + buffers;
   float *memory = kept ? malloc(kept * wide * sizeof *memory) : 0, *room = memory;
   if (kept && !memory) return 0;
-  float *gains = 0, *biases = 0;
-  if (gain) {
-    gains = room, room += wide;
-    widen(gain, form->gain_dtype, wide, gains);
-    for (int64_t i = 0; i < wide; i++) gains[i] += (float)form->offset;
-  }
-  if (bias) {
-    biases = room, room += wide;
-    widen(bias, form->bias_dtype, wide, biases);
+  const float *gains = 0, *biases = 0;
+  if (gain || bias) {
+    gains = factor(gain, form->gain_dtype, wide, 1, form->offset, room);
+    biases = factor(bias, form->bias_dtype, wide, 0, 0, room + wide);
+    room += 2 * wide;
   }
   if (threads == 1) {
     rows(form, x, y, gains, biases, room, 0, count);
   } else {
 #pragma omp parallel for num_threads(threads)
     for (int64_t part = 0; part < threads; part++)
-      rows(form, x, y, gains, biases, form->dtype == FLOAT32 ? 0 : room + part * wide,
-           count * part / threads, count * (part + 1) / threads);
+      rows(form, x, y, gains, biases, buffers ? room + part * wide : 0, count * part / threads,
+           count * (part + 1) / threads);
   }
   free(memory);
   return 1;
 }
+
+/* The derivatives of `row`, where g is that of its output. With r for 1 / RMS, s for the sum of x
+   and k = g * gain, less its last number where y has one more than x:
+
+       d x = r * k - r^3 / size * (k . x) * (x, where it was used, + s, if x lacks a coordinate)
+
+   Those of gain and bias, sums over the rows, are added to dfactors, if that is not 0. */
+static void row_back(const struct form *form, const float *restrict x, const float *restrict g,
+                     const float *restrict gain, float *restrict dx, float *restrict dfactors) {
+  const struct shape *shape = &form->shape;
+  const int64_t n = shape->n, used = shape->used, wide = n + shape->adds;
+  const float last = shape->adds ? g[n] * gain[n] : 0;
+  float sum, dots[LANES] = {0};
+  const float inverse = inverse_rms(form, x, &sum);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int lane = 0; lane < LANES; lane++)
+      dots[lane] += (g[i + lane] * gain[i + lane] - last) * x[i + lane];
+  for (int lane = 0; i < n; i++, lane++) dots[lane] += (g[i] * gain[i] - last) * x[i];
+  for (int half = LANES / 2; half; half /= 2)
+    for (int lane = 0; lane < half; lane++) dots[lane] += dots[lane + half];
+  const float slope = dots[0] * inverse / shape->size * inverse * inverse;
+  const float shift = shape->lacks ? sum : 0;
+  if (dfactors) {
+    for (i = 0; i < n; i++) dfactors[i] += g[i] * (x[i] * inverse);
+    if (shape->adds) dfactors[n] -= g[n] * (sum * inverse);
+    for (i = 0; i < wide; i++) dfactors[wide + i] += g[i];
+  }
+  for (i = 0; i < used; i++) dx[i] = (g[i] * gain[i] - last) * inverse - (x[i] + shift) * slope;
+  for (; i < n; i++) dx[i] = g[i] * gain[i] * inverse;
+}
+
+enum { BLOCK = 64 };  /* rows whose sum is taken in float32; the blocks are added in double */
+
+/* From one row to another. `totals` gets what is summed over the rows, unless it is 0; `room` is
+   for five rows. */
+static void rows_back(const struct form *form, const char *x, const char *g, const float *gain,
+                      char *dx, double *totals, float *room, int64_t first, int64_t last) {
+  const int64_t n = form->shape.n, wide = n + form->shape.adds, dtype = form->dtype;
+  const int64_t bytes = dtype == FLOAT32 ? 4 : 2;
+  float *block = room, *wide_x = room + 2 * wide, *wide_g = wide_x + wide, *made = wide_g + wide;
+  for (int64_t i = 0; totals && i < 2 * wide; i++) totals[i] = 0;
+  while (first < last) {
+    const int64_t end = last - first < BLOCK ? last : first + BLOCK;
+    memset(block, 0, 2 * wide * sizeof *block);
+    for (; first < end; first++) {
+      const char *from = x + first * n * bytes, *above = g + first * wide * bytes;
+      char *to = dx + first * n * bytes;
+      if (dtype == FLOAT32) {
+        row_back(form, (const float *)from, (const float *)above, gain, (float *)to,
+                 totals ? block : 0);
+      } else {
+        widen(from, dtype, n, wide_x);
+        widen(above, dtype, wide, wide_g);
+        row_back(form, wide_x, wide_g, gain, made, totals ? block : 0);
+        narrow(made, dtype, n, to);
+      }
+    }
+    for (int64_t i = 0; totals && i < 2 * wide; i++) totals[i] += block[i];
+  }
+}
+
+/* The derivatives of `norm`, by x, and by gain and bias unless their places are 0. The same number
+   of threads gives the same bits. Returns whether they were computed. */
+int norm_back(const struct form *form, const void *x, const void *g, const void *gain, void *dx,
+              void *dgain, void *dbias, int64_t numbers) {
+  const int64_t n = form->shape.n, wide = n + form->shape.adds, threads = form->threads;
+  const int64_t count = numbers / n;
+  double *totals = malloc(wide * (threads * (2 * sizeof *totals + 5 * sizeof(float)) +
+                                  sizeof(float)));
+  if (!totals) return 0;
+  float *room = (float *)(totals + threads * 2 * wide), *gains = room + threads * 5 * wide;
+  factor(gain, form->gain_dtype, wide, 1, form->offset, gains);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t part = 0; part < threads; part++)
+    rows_back(form, x, g, gains, dx, dgain || dbias ? totals + part * 2 * wide : 0,
+              room + part * 5 * wide, count * part / threads, count * (part + 1) / threads);
+  if (dgain || dbias) {
+    for (int64_t part = 1; part < threads; part++)
+      for (int64_t i = 0; i < 2 * wide; i++) totals[i] += totals[part * 2 * wide + i];
+    for (int64_t i = 0; i < 2 * wide; i++) room[i] = totals[i];
+    if (dgain) narrow(room, form->gain_dtype, wide, dgain);
+    if (dbias) narrow(room + wide, form->bias_dtype, wide, dbias);
+  }
+  free(totals);
+  return 1;
+}
 """
-_NARROW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernel numbers them
+NARROW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernel numbers them
 _DIGEST = hashlib.sha256().digest_size
-_ONE_THREAD = 2**16  # fewer numbers are not worth another thread
+ONE_THREAD = 2**16  # fewer numbers are not worth another thread
 # What torch knows of a tensor whose numbers cannot be read as they lie there.
 _NOT_PLAIN = -1
 for _key in ("CPU", "AutogradCPU", "ADInplaceOrView", "AutocastCPU"):
@@ -548,64 +654,141 @@ for _key in ("CPU", "AutogradCPU", "ADInplaceOrView", "AutocastCPU"):
 
 
 # Looked up once: on one row, what is asked of x takes longer than its norm.
-_keys_of, _modes, _traced = (
+_keys_of, _modes, _traced, transforms = (
     torch._C._dispatch_keys,
     torch._C._len_torch_dispatch_stack,
     torch._C._get_tracing_state,
+    torch._C._are_functorch_transforms_active,
 )
 
 
-def _readable(x: torch.Tensor) -> bool:
+def readable(x: torch.Tensor) -> bool:
     """Whether the kernel may read x behind torch's back.
 
-    It is a plain tensor on the CPU in float32 or less, and nobody needs to see the operations:
-    no gradient, no trace, no mode.
+    It is a plain tensor on the CPU, and nobody needs to see the operations: no trace, no mode.
     """
     return (
-        x.dtype in _NARROW
-        and not _keys_of(x).raw_repr() & _NOT_PLAIN
+        not _keys_of(x).raw_repr() & _NOT_PLAIN
         and x.is_contiguous()
-        and not (x.requires_grad and torch.is_grad_enabled())
         and not _modes()
         and forward_ad._current_level < 0
         and _traced() is None
     )
 
 
-def _takes(factor: nn.Parameter | None, size: int) -> bool:
-    """Whether the kernel may read a gain or a bias of this size."""
-    return factor is None or (factor.numel() == size and _readable(factor))
+def _takes(factor: torch.Tensor, size: int) -> bool:
+    """Whether the kernel may read a gain or a bias of this size, if it may read x."""
+    plain = not _keys_of(factor).raw_repr() & _NOT_PLAIN
+    return plain and factor.numel() == size and factor.is_contiguous()
+
+
+def _norm_by(
+    kernel: ctypes.CDLL, form: bytes, x: torch.Tensor, y: torch.Tensor, weight: Factor, bias: Factor
+) -> int:
+    """Let the kernel put the norm of x into y, [..., n] → [..., n or n + 1]. Whether it did."""
+    done: int = kernel.norm(
+        form,
+        x.data_ptr(),
+        y.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        x.numel(),
+    )
+    return done
+
+
+class _Differentiable(torch.autograd.Function):
+    """A norm by the kernel whose derivatives are the kernel's; theirs are of operations."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, norm: _Norm, form: bytes, x: torch.Tensor, weight: Factor, bias: Factor
+    ) -> torch.Tensor:
+        ctx.norm, ctx.form, ctx.looks = norm, form, [*map(_look, (x, weight, bias))]
+        ctx.save_for_backward(x, weight, bias)
+        y = x.new_empty(*x.shape[:-1], x.shape[-1] + norm._adds)
+        done = _norm_by(cast("ctypes.CDLL", _kernel()), form, x, y, weight, bias)
+        return y if done else norm._operations(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
+        """By operations if it is to be differentiated, or where the kernel must keep out."""
+        again, saved, (_, _, *wanted) = is_grad_enabled(), ctx.saved_tensors, ctx.needs_input_grad
+        if not again and (found := _derivatives(ctx, g.contiguous(), saved, wanted)) is not None:
+            return None, None, *found
+        with torch.enable_grad():
+            # Views: a derivative by x itself would go on to what x was made of.
+            seen = [None if each is None else each.view_as(each) for each in saved]
+            y = ctx.norm._operations(*seen)
+        sources = [each for each, want in zip(seen, wanted, strict=True) if want]
+        rest = iter(torch.autograd.grad(y, sources, g, create_graph=again))  # type: ignore[arg-type]
+        return None, None, *(next(rest) if want else None for want in wanted)
+
+
+def _look(each: Factor) -> object:
+    return None if each is None else (each.shape, each.dtype)
+
+
+def _derivatives(
+    ctx: Any, g: torch.Tensor, saved: Sequence[Factor], wanted: Sequence[bool]
+) -> list[Factor] | None:
+    """Of x, weight and bias; None if the kernel must keep out: hooks may save something else."""
+    given = [each for each in (g, *saved) if each is not None]
+    if is_compiling() or not all(map(readable, given)) or ctx.looks != [*map(_look, saved)]:
+        return None
+    x, weight, _ = saved
+    found = [
+        torch.empty_like(each) if each is not None and (want or each is x) else None
+        for each, want in zip(saved, wanted, strict=True)
+    ]
+    places = [None if each is None else each.data_ptr() for each in (x, g, weight, *found)]
+    kernel: Any = _kernel()
+    return found if kernel.norm_back(ctx.form, *places, given[1].numel()) else None
 
 
 @cache
 def _form(
-    shape: bytes,
+    shape: tuple[int, ...],
+    n: int,
+    threads: int,
     dtype: torch.dtype,
     gain: torch.dtype | None,
     bias: torch.dtype | None,
     eps: float,
     offset: float,
-) -> bytes:
-    """The kernel's `struct form`. One argument instead of ten: each takes time on every row."""
-    dtypes = (0 if each is None else _NARROW[each] for each in (dtype, gain, bias))
-    return shape + struct.pack("3q2d", *dtypes, eps, offset)
+) -> bytes | None:
+    """The kernel's `struct form` for x [..., n] and factors in these dtypes; None if it has none.
+
+    One argument instead of many: on one row each takes time.
+    """
+    if n != shape[0] or n == 0 or not {dtype, gain, bias} <= {None, *NARROW}:
+        return None
+    dtypes = (0 if each is None else NARROW[each] for each in (dtype, gain, bias))
+    return struct.pack("9q2d", *shape, *dtypes, threads, eps, offset)
 
 
 @cache
-def _kernel() -> Callable[..., int] | None:
+def _kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be had."""
+    if (found := library(NUMBERS + _KERNEL)) is not None:
+        form, place, number = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
+        found.norm.argtypes = [form, *[place] * 4, number]
+        found.norm_back.argtypes = [form, *[place] * 6, number]
+    return found
+
+
+def library(source: str) -> ctypes.CDLL | None:
+    """What the C compiler makes of `source`, or made once; None where that cannot be had."""
     x86 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     flags = ["-O3", "-std=gnu11", "-fPIC", "-fopenmp", *(["-march=x86-64-v3"] if x86 else [])]
-    made_of = "\0".join([_KERNEL, platform.machine(), *flags])
+    made_of = "\0".join([source, platform.machine(), *flags])
     key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     kept = caches / "normconvert" / f"norm-{key}.so"
     try:
-        library = (_kept(kept) if caches.is_absolute() else None) or _compiled(flags, kept)
+        return (_kept(kept) if caches.is_absolute() else None) or _compiled(source, flags, kept)
     except (OSError, subprocess.CalledProcessError):
         return None
-    library.norm.argtypes = [ctypes.c_char_p] + [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
-    return cast("Callable[..., int]", library.norm)
 
 
 def _kept(path: Path) -> ctypes.CDLL | None:
@@ -633,16 +816,16 @@ def _keep(library: str, path: Path) -> None:
             os.unlink(draft)
 
 
-def _compiled(flags: list[str], kept: Path) -> ctypes.CDLL:
-    """The kernel, fresh from the compiler, and kept as the file `kept`, if its place is known.
+def _compiled(source: str, flags: list[str], kept: Path) -> ctypes.CDLL:
+    """A library, fresh from the compiler, and kept as the file `kept`, if its place is known.
 
     It is linked without OpenMP: so it takes the threads of torch, whose library is loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
-        source, objects, library = (str(Path(folder, f"norm.{end}")) for end in ("c", "o", "so"))
-        Path(source).write_text(_KERNEL)
+        code, objects, library = (str(Path(folder, f"norm.{end}")) for end in ("c", "o", "so"))
+        Path(code).write_text(source)
         for command in (
-            ["cc", *flags, "-c", source, "-o", objects],
+            ["cc", *flags, "-c", code, "-o", objects],
             ["cc", "-shared", objects, "-o", library, "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True)
@@ -841,7 +1024,8 @@ class _LateCRMSNorm(CRMSNorm):
         if not late:
             return _scale_rows(x, wide, self._inverse(wide))
         full = expand(wide)
-        return self._scaled(full, full, torch.ones_like(full[..., :1])).to(x.dtype)
+        one = torch.ones_like(full[..., :1])
+        return self._scaled(full, full, one, self.weight, self.bias).to(x.dtype)
 
 
 def _norm(
