@@ -382,7 +382,7 @@ def test_a_stream_that_is_squared_in_long_texts(positions: int, tmp_path: Path) 
         assert convert().status == "converted"
 
 
-_IN_USE = "on a batch of one with a mask, a cache, labels and all outputs"
+_IN_USE = "on a batch of one with a mask, a cache, labels, all outputs"
 _WITH_A_CACHE = "on one token with a cache"
 CONDITIONS: Mapping[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
     "a mask": (lambda given: given.get("attention_mask") is not None, _IN_USE),
@@ -456,7 +456,7 @@ def test_a_norm_that_is_added_in_use(condition: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("refused", ["labels", "output_hidden_states"])
 def test_what_a_model_does_not_take_hides_nothing_else(refused: str, tmp_path: Path) -> None:
     for condition, where in (
-        ("a mask", "on a batch of one with a mask and a cache"),
+        ("a mask", "on a batch of one with a mask, a cache"),
         ("a cache", _WITH_A_CACHE),
     ):
         found = _kept_otherwise(condition, (refused,), tmp_path / condition)

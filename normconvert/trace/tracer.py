@@ -303,15 +303,10 @@ def _in_use(
     with torch.device(model.device):
         plain = inputs_in_use(model, LENGTH)
         full = plain | all_wanted(model, logits)
-    attempts = {
-        "on a batch of one with a mask, a cache, labels and all outputs": full,
-        "on a batch of one with a mask and a cache": plain,
-        "on a batch of one with a mask": {**plain, "use_cache": False},
-    }
     output, cache = None, dict[str, Any]()
-    for what, inputs in attempts.items():
+    for inputs in (full, plain, {**plain, "use_cache": False}):
         with suppress(TraceError), _gradients(model) if inputs is full else nullcontext():
-            output = run(what, inputs)
+            output = run(_circumstances(inputs), inputs)
             cache = handed_back(model, output)
         if cache or (found and (inputs is plain or "use_cache" not in plain)):
             break
@@ -322,6 +317,20 @@ def _in_use(
                 inputs = inputs_in_use(model, LENGTH, cache, states)
             run("on one token with a cache", inputs)
     return found
+
+
+def _circumstances(inputs: dict[str, Any]) -> str:
+    """What is other with these `inputs` than in the first pass."""
+    given = [word for name, word in _OTHER.items() if inputs.get(name, False) is not False]
+    return " with ".join(["on a batch of one", *filter(None, [", ".join(given)])])
+
+
+_OTHER = {
+    "attention_mask": "a mask",
+    "use_cache": "a cache",
+    "labels": "labels",
+    "output_attentions": "all outputs",
+}
 
 
 @contextmanager
