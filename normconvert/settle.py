@@ -204,5 +204,4 @@ def _why_not(plan: Plan, rewrite: str) -> str:
     reasons = Counter(starred(verdict.reason) for verdict in kept)
     reason, count = reasons.most_common(1)[0]
     first = next(verdict for verdict in kept if starred(verdict.reason) == reason)
-    share = f"as {count} of {len(kept)} are" if count > 1 else f"one of {len(kept)}"
-    return f"{first.norm} is kept, {share}, because {first.reason}."
+    return f"{first.norm} is kept because {first.reason} ({count} of {len(kept)} norms)."
