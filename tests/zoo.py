@@ -318,7 +318,7 @@ def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
 @torch.no_grad()
 def _randomise(model: nn.Module, generator: torch.Generator) -> None:
     # In float64, so that a seed means the same model in every dtype, rounded.
-    model.to(torch.float64)
+    model.double()  # complex buffers stay so
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         parameter.copy_(_draw(model.get_submodule(path), leaf, parameter.shape, generator))

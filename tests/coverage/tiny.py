@@ -313,4 +313,4 @@ def build(name: str) -> Any:
 
 def save(name: str, folder: Path) -> None:
     """Its checkpoint, stored in float64."""
-    build(name).to(torch.float64).save_pretrained(folder)
+    build(name).double().save_pretrained(folder)  # `to` would make complex buffers real
