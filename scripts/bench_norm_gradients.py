@@ -1,6 +1,6 @@
 """The norms with gradients, forward and backward, against torch's LayerNorm with gain and bias.
 
-python scripts/bench_norm_gradients.py [--rows 1 64 512 4096] [--dtype float32] [--seconds 3]
+python scripts/bench_norm_gradients.py [--rows N ...] [--dtype D] [--threads N] [--seconds S]
 
 Times as fast as LayerNorm, the median and the quartiles of the rounds, hidden size 768.
 """
@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 512, 4096])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     for rows in options.rows:
         dtype, cpu = getattr(torch, options.dtype), torch.device("cpu")
         watches = {
