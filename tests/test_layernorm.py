@@ -80,13 +80,14 @@ def load(folder: Path) -> Any:
     """As `zoo.load`, for a native checkpoint."""
     model_class, config = resolve(open_checkpoint(str(folder)), trust_remote_code=False)
     model: Any
-    model, info = model_class.from_pretrained(
-        folder,
-        config=config,
-        dtype=torch.float64,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
+    with float64():
+        model, info = model_class.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float64,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
     assert not any(info.values()), info
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
