@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from normconvert.ir.graph import Graph
 from normconvert.ir.native import Recentering
+from normconvert.rules.axes import Shape
 from normconvert.rules.shift import Shift, Shifts
 
 
@@ -83,8 +84,13 @@ def unseen_writers(graph: Graph, norms: Iterable[str], size: int) -> tuple[str, 
     return tuple(
         name
         for name, value in graph.parameters
-        if value not in seen and size in graph.values[value].shape
+        if value not in seen and _several(graph.values[value].shape, size)
     )
+
+
+def _several(shape: Shape, size: int) -> bool:
+    """Whether a tensor of that shape may be taken for vectors of that size, side by side too."""
+    return any(isinstance(each, int) and each and each % size == 0 for each in shape)
 
 
 def unread_beside(graph: Graph, values: frozenset[int], size: int) -> str | None:
@@ -120,8 +126,7 @@ def _unread_readers(graph: Graph, size: int) -> Iterator[str]:
     widths = dict(graph.widths)
     for name, value in graph.untouched_parameters:
         fitting = (widths[name],) if name in widths else graph.values[value].shape
-        wide = any(isinstance(each, int) and each and each % size == 0 for each in fitting)
-        if wide:
+        if _several(fitting, size):
             yield name
 
 

@@ -63,7 +63,7 @@ def _trace(
                 change(twin)
             named = tuple(twin.named_parameters())
             leaves = tuple((name, recorder.new_value(parameter)) for name, parameter in named)
-            return record(twin, recorder, leaves, (), optional=optional)
+            return record(twin, recorder, leaves, (), further=True, optional=optional)
 
 
 def _make_plain(model: PreTrainedModel) -> None:

@@ -285,7 +285,8 @@ def _in_use(
     """Two passes on a single text as in use: all of it with a mask, then one token with the cache.
 
     The first with gradients, labels and all that the model can return besides; if it does not run
-    so, or makes no cache, without these, and without a cache. What cannot be run is left out.
+    so, or makes no cache, without labels, without these, and without a cache. What cannot be run is
+    left out.
     """
     fields = {"loss", *(name.partition(".")[0] for name, _ in first)}
     logits = next((recorder.values[value].shape for name, value in first if name == "logits"), ())
@@ -294,7 +295,7 @@ def _in_use(
     def run(what: str, inputs: dict[str, Any]) -> Any:
         with _further(recorder, calls, what), as_trace_errors(model, recorder):
             output = output_of(model, recorder, calls, inputs, (1, LENGTH) if optional else None)
-            if inputs is full and not isinstance(output, Mapping):
+            if _asks(inputs) and not isinstance(output, Mapping):
                 raise TraceError("Among outputs without names, more of them move the others.")
             values = values_of(model, recorder, output, fields)
             found.append(values or values_of(model, recorder, output))
@@ -303,9 +304,13 @@ def _in_use(
     with torch.device(model.device):
         plain = inputs_in_use(model, LENGTH)
         full = plain | all_wanted(model, logits)
+    # Labels may have to be of another kind.
+    unlabelled = {name: given for name, given in full.items() if name != "labels"}
     output, cache = None, dict[str, Any]()
-    for inputs in (full, plain, {**plain, "use_cache": False}):
-        with suppress(TraceError), _gradients(model) if inputs is full else nullcontext():
+    for inputs in (full, unlabelled, plain, {**plain, "use_cache": False}):
+        if inputs is unlabelled and (found or "labels" not in full):
+            continue
+        with suppress(TraceError), _gradients(model) if _asks(inputs) else nullcontext():
             output = run(_circumstances(inputs), inputs)
             cache = handed_back(model, output)
         if cache or (found and (inputs is plain or "use_cache" not in plain)):
@@ -317,6 +322,11 @@ def _in_use(
                 inputs = inputs_in_use(model, LENGTH, cache, states)
             run("on one token with a cache", inputs)
     return found
+
+
+def _asks(inputs: dict[str, Any]) -> bool:
+    """Whether more is to be returned than in the first pass."""
+    return "labels" in inputs or "output_attentions" in inputs
 
 
 def _circumstances(inputs: dict[str, Any]) -> str:
