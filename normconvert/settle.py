@@ -160,23 +160,29 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
         if "auto_map" in checkpoint.config and not native:
             raise PlanError(
                 f"{checkpoint.model} brings its own model code, which the native format cannot "
-                "build upon; give --format stock."
+                f"build upon; {_instead(request)}."
             )
         if checkpoint.model_class is not None:
             raise PlanError(
                 f"{checkpoint.model_class.__name__} is your own class, which the native format "
-                "cannot build upon; give format='stock'."
+                f"cannot build upon; {_instead(request)}."
             )
         if checkpoint.config.get("model_type") in OWN_TYPES:
             raise PlanError(
                 f"Only normconvert knows the model_type {checkpoint.config['model_type']!r}, and "
-                "the native format is to load without it; give --format stock."
+                f"the native format is to load without it; {_instead(request)}."
             )
         return
     if native:
         raise PlanError(f"{checkpoint.model} is in the native format; give --format native.")
     for rewrite in {"crmsnorm", "prmsnorm"} & set(request.rewrites):
         raise PlanError(f"No stock model has the norms of {rewrite}; give --format native.")
+
+
+def _instead(request: Request) -> str:
+    if {"crmsnorm", "prmsnorm"} & set(request.rewrites):
+        return "flashnorm and rmsnorm can convert it, with --format stock"
+    return "give --format stock"
 
 
 def _require_retargetable(checkpoint: Checkpoint, request: Request) -> None:

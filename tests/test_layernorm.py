@@ -229,7 +229,7 @@ def plan_size(plan: Plan, norm: str) -> int:
 
 @pytest.mark.parametrize("source", REFUSED, indirect=True)
 def test_post_norm_models_are_refused(source: Path, tmp_path: Path) -> None:
-    why = r"because the norm \S+ writes to it, which no weight can center \(3 of \d norms\)"
+    why = r"because the norm \S+ writes to its stream, which no weight can center \(3 of \d norms\)"
     for rewrite in ("rmsnorm", "crmsnorm"):
         with pytest.raises(normconvert.PlanError, match=why):
             normconvert.convert(source, tmp_path / "output", rewrite)

@@ -342,3 +342,11 @@ def test_what_is_decided_by_the_data_is_not_compared(side: Side) -> None:
     node = Node(op="_local_scalar_dense", arguments=(), outputs=(), module="model.gate")
     other = replace(side, graph=replace(side.graph, nodes=(*side.graph.nodes, node)))
     assert difference(other, other) == "model.gate decides by its data what it computes"
+
+
+def test_a_target_is_of_the_stock_format(models: Callable[[str], Path], tmp_path: Path) -> None:
+    options = ("--target", "llama", "--format", "native")
+    run = run_here("rmsnorm", models("olmo"), "-o", "output", *options, cwd=tmp_path)
+    assert run.status == 2
+    assert "in the stock format alone" in run.err
+    assert not list(tmp_path.iterdir())

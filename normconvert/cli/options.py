@@ -21,6 +21,13 @@ Format = Annotated[
         "code for them."
     ),
 ]
+FormatOfLayerNorms = Annotated[
+    Literal["stock", "native"] | None,
+    typer.Option(
+        help="stock: the same architecture, for any runtime. native: with other norms, and the "
+        "code for them. Default: native, or stock with a target."
+    ),
+]
 Dtype = Annotated[
     Literal["keep", "float32", "bfloat16", "float16"],
     typer.Option(help="The dtype to store all floating-point weights in."),

@@ -207,9 +207,9 @@ class _Finder:
         graph = self._graph
         tensor = graph.leaf_names.get(value)
         if tensor is None:
-            return f"{self._origin(value)} writes to it, which no weight can center"
+            return f"{self._origin(value)} writes to its stream, which no weight can center"
         if value in conflicts:
-            return f"{tensor} writes to it along two axes"
+            return f"{tensor} writes to its stream along two axes"
         if shift.over is not None and (where := self._read_elsewhere(shift.over)):
             return f"{shift.over} is also read by {where}"
         stop = self._minded[value, shift]
@@ -217,8 +217,10 @@ class _Finder:
             return None
         tie = next((tie for tie in graph.ties if self._alias(tie.parameter, value)), None)
         if tie is not None and tie.tensor is not None and not self._untie:
-            return f"{tensor} writes to it and is tied to {tie.parameter}; give --tied untie"
-        return f"{tensor} writes to it and cannot be centered: {stop.reason}"
+            return (
+                f"{tensor} writes to its stream and is tied to {tie.parameter}; give --tied untie"
+            )
+        return f"{tensor} writes to its stream and cannot be centered: {stop.reason}"
 
     def _origin(self, value: int) -> str:
         position = self._graph.producers.get(value)
@@ -315,7 +317,9 @@ class _Finder:
 
         That is the one input of a module which has all of `norms` in it and none of `unseen`.
         """
-        obstacle = Obstacle(f"{unseen[0]}, which was not read in the trace, may write to it")
+        obstacle = Obstacle(
+            f"{unseen[0]}, which was not read in the trace, may write to its stream"
+        )
         if not self._recenter:
             return obstacle
         for value, shift in reach.values.items():
