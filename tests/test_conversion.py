@@ -787,7 +787,7 @@ class Sees(torch.nn.Module):
     ("model", "message"),
     [
         (Reads(), "Reads reads no input_ids, input_features or pixel_values"),
-        (Sees(), "Sees reads pixel_values, but its config has no image_size"),
+        (Sees(), "The config of Sees has no image_size"),
     ],
 )
 def test_unknown_inputs_are_refused(model: Any, message: str) -> None:

@@ -438,3 +438,38 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "output").is_symlink()
     assert (tmp_path / "place" / "config.json").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "place"]
+
+
+WITHIN_THE_FAKE_MODE = """
+import signal, time, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from normconvert.cli import main
+
+@torch.library.custom_op("tests::interrupted", mutates_args=())
+def interrupted(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+@interrupted.register_fake
+def _(x):
+    signal.raise_signal(signal.SIGTERM)
+    print("not yet")
+    return torch.empty_like(x)
+
+signal.signal(signal.SIGTERM, main._interrupt)
+try:
+    with FakeTensorMode():
+        interrupted(torch.ones(3))
+    time.sleep(30)
+    print("never")
+except main.Interrupted:
+    print("a moment later")
+"""
+
+
+def test_torch_is_not_interrupted_where_that_would_end_the_process(tmp_path: Path) -> None:
+    """One SIGTERM of a hundred during a trace made torch abort, with status -6."""
+    command = [sys.executable, "-c", WITHIN_THE_FAKE_MODE]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.split("\n") == ["not yet", "a moment later", ""], done.stderr
