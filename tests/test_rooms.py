@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "normconvert"
 SHARED = {"errors", "ir", "source"}
 MODELS = {
     "images", "model_class", "model_inputs", "model_size", "precision", "quiet", "torch_dtypes",
-    "towers",
+    "torch_threads", "towers",
 }  # fmt: skip
 BENCHMARK = {"api", "benchmark", "nn", "planner", "settle", "trace", "train", "verify"}
 COMMANDS = {"api", "benchmark", "publish", "recipe"}
@@ -34,7 +34,7 @@ ALLOWED = {
     "nn": {"errors", "nn"},
     "trace": {*SHARED, "trace", *MODELS},
     "processes": {"errors", "ir"},
-    "rewrite": {*SHARED, "processes", "rewrite", "torch_dtypes"},
+    "rewrite": {*SHARED, "processes", "rewrite", "torch_dtypes", "torch_threads"},
     "verify": {*SHARED, "verify", *MODELS},
     "train": {"errors", "ir", "model_class", "nn", "rules", "trace"},
     "inspection": {"cost", "ir", "planner", "settle", "source"},
@@ -58,6 +58,7 @@ ALLOWED = {
     "precision": set[str](),
     "quiet": set[str](),
     "torch_dtypes": set[str](),
+    "torch_threads": set[str](),
     "cli": {
         *SHARED,
         "cli",
@@ -85,6 +86,7 @@ TORCH = {
     "precision",
     "processes",
     "torch_dtypes",
+    "torch_threads",
     "towers",
 }
 TRANSFORMERS = {

@@ -470,3 +470,44 @@ def test_the_model_is_traced_without_memory() -> None:
         model = transformers.ViTForImageClassification(config("vit", **LABELS))
     as_crmsnorm(model)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+class _PenalizesItsStream(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    """Its loss, which is asked for with labels alone, sees the mean of the residual stream."""
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        asked = {**kwargs, "output_hidden_states": True} if labels is not None else kwargs
+        output = super().forward(input_ids, labels=labels, **asked)
+        if labels is not None:
+            output.loss = output.loss + output.hidden_states[1].square().mean()
+        return output
+
+
+class _WithAPrefix(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    """Puts vectors in front of the text that it makes of something else, if that is given."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__(settings)
+        self.prefix = nn.Linear(10, 3 * settings.n_embd)
+
+    def forward(self, input_ids: Any = None, seen: Any = None, **kwargs: Any) -> Any:
+        if seen is None:
+            return super().forward(input_ids, **kwargs)
+        text = self.transformer.wte(input_ids)
+        vectors = self.prefix(seen).view(len(seen), 3, -1)
+        return super().forward(inputs_embeds=torch.cat((vectors, text), 1), **kwargs)
+
+
+@every_rewrite
+@pytest.mark.parametrize(
+    ("model_class", "reason"),
+    [
+        (_PenalizesItsStream, "on a batch of one with labels"),
+        (_WithAPrefix, "prefix.weight, which"),
+    ],
+)
+def test_what_writes_or_reads_in_use_alone(model_class: Any, reason: str, rewrite: Rewrite) -> None:
+    model = model_class(config("gpt2", resid_pdrop=0.0, embd_pdrop=0.0))
+    with pytest.raises(PlanError, match=reason):
+        rewrite(model)
+    assert not parametrized(model)

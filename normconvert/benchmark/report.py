@@ -6,7 +6,6 @@ import gc
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from normconvert.errors import BenchError, first_line
 from normconvert.ir.bench import CEILING, CONVERTED, ORIGINAL, Bench, Measurement, Task
 from normconvert.ir.event import Event, Listener
 from normconvert.quiet import quiet
+from normconvert.torch_threads import torch_threads
 from normconvert.verify.placement import free_memory, require_device
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def measure(
     paths = removable(graph)
     if not paths:
         raise BenchError(f"{original.model} has no norm that is known, so there is no ceiling.")
-    with quiet(), _threads(options.threads):
+    with quiet(), torch_threads(options.threads or torch.get_num_threads()):
         model = load(original, dtype, device, trust)
         _require_memory(model, original)
         models = {
@@ -197,14 +197,3 @@ def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

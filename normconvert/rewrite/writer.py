@@ -9,7 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.resources import as_file, files
@@ -29,6 +29,7 @@ from normconvert.rewrite.folder import MANIFEST, files_in, writing
 from normconvert.rewrite.layout import Layout, Span, batches, divide, lay_out, row_blocks
 from normconvert.source import Checkpoint, Shard, read_header
 from normconvert.source.checkpoint import INDEX_FILE, read_json
+from normconvert.torch_threads import torch_threads
 
 if TYPE_CHECKING:
     from normconvert.ir.plan import Plan
@@ -265,7 +266,8 @@ def write_shards(
     torch.empty(_KEPT_BYTES, dtype=torch.uint8)
     with ExitStack() as stack:
         evaluator = stack.enter_context(Evaluator(checkpoint))
-        stack.enter_context(_one_torch_thread())
+        # The pool's threads work side by side; torch must not start more for each of them.
+        stack.enter_context(torch_threads(1))
         pool = ThreadPoolExecutor(os.cpu_count())
         stack.callback(pool.shutdown, cancel_futures=True)
         futures: dict[Future[int], Path] = {}
@@ -377,14 +379,3 @@ def _write_all(file: int, parts: list[bytes | memoryview], offset: int) -> int:
         written = os.pwrite(file, data, offset)
         data, offset = data[written:], offset + written
     return offset
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The pool's threads work side by side; torch must not start more for each of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

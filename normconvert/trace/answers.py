@@ -106,6 +106,7 @@ def _is_ordinary(tensor: FakeTensor) -> bool:
         and tensor.layout is torch.strided
         and not tensor._has_symbolic_sizes_strides
         and not tensor.dtype.is_complex
+        and not tensor.is_neg()
     )
 
 

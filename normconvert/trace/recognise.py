@@ -6,7 +6,6 @@ compared with LayerNorm and RMSNorm, with every convention for gain and bias. Na
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,6 +15,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import _disable_current_modes
 
 from normconvert.precision import float64
+from normconvert.torch_threads import torch_threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,7 +50,8 @@ def recognise(module: torch.nn.Module, shape: tuple[int, ...]) -> Formula | None
     if not _could_be_norm(module, parameters, shape):
         return None
     generator = torch.Generator().manual_seed(0)
-    with _disable_current_modes(), torch.no_grad(), _one_thread():
+    # So little is done sooner than several threads have come together for it.
+    with _disable_current_modes(), torch.no_grad(), torch_threads(1):
         # Far from one, of both signs: a bound or an absolute value must show.
         values = {name: _spread(p.shape, generator) for name, p in parameters.items()}
         x = _spread(shape, generator)
@@ -59,17 +60,6 @@ def recognise(module: torch.nn.Module, shape: tuple[int, ...]) -> Formula | None
             return _run(module, values, x)
 
         return _match(run, values, x) or _unrecognised(run, values, x)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """So little is done sooner than several threads have come together for it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _spread(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -59,10 +59,11 @@ def trace(
 ) -> Graph:
     """The graph of one forward pass of the model that `checkpoint` holds.
 
-    Its towers for images and the like are run, each on its own; what cannot be run is left out, and
-    so are its norms. If the first pass leaves parameters unread, it is run once more with inputs
-    that the model, or a part of it, can do without. If there are to be `further` passes, one is on
-    a long text, and others are as in use: on a single text, with a mask, a cache and labels.
+    Its towers for images and the like are run, each on its own; of a norm that is in no pass, the
+    graph only says what it computes. If the first pass leaves parameters unread, it is run once
+    more with inputs that the model, or a part of it, can do without. If there are to be `further`
+    passes, one is on a long text, and others are as in use: on a single text, with a mask, a cache
+    and labels.
 
     Raises:
         TraceError: the model is unknown, does not fit the checkpoint, or cannot be run.
