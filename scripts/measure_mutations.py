@@ -116,7 +116,8 @@ def tell(what: str, all_of: list[dict[str, Any]], right: list[dict[str, Any]]) -
     for each in all_of:
         if each not in right:
             place = f"{each['kind']} {each['tensor']}".strip()
-            print(f"    not {each['name']}, {each['rewrite']}: {place} ({each['effect']:.1e})")
+            effect = "" if each["effect"] is None else f" ({each['effect']:.1e})"
+            print(f"    not {each['name']}, {each['rewrite']}: {place}{effect}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import normconvert
 from normconvert.api import Rewrite
+from normconvert.verify import logits
 from normconvert.verify.noise import perturbed, unit_in_the_last_place
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -125,3 +127,34 @@ def test_a_bias_of_zero_that_becomes_a_large_one_is_no_false_alarm(tmp_path: Pat
     normconvert.convert(source, tmp_path / "output", "flashnorm", verify=False)
     found = normconvert.verify_equivalence(source, tmp_path / "output")
     assert found.equivalent
+
+
+@pytest.mark.parametrize(("dtype", "everywhere"), [("float64", True), ("float32", False)])
+def test_before_an_alarm_all_is_perturbed_if_computing_rounds_as_coarsely(
+    dtype: str, everywhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the last norm alone is folded, all layers' noise is far more than its reader's."""
+
+    def only_the_last_gain(tensors: Tensors) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("layernorm.weight"):
+                tensor[:] = 1
+
+    source = changed(MODELS / "tiny-llama", tmp_path / "source", dtype, only_the_last_gain)
+    normconvert.convert(source, tmp_path / "output", "flashnorm", verify=False)
+    usual = normconvert.verify_equivalence(source, tmp_path / "output")
+    assert usual.equivalent
+    assert usual.dtype == "float64"
+    assert usual.differing_tensors == 2
+    monkeypatch.setattr(logits, "TIMES_FLOOR", 0)  # so that it looks like an alarm
+    checked = normconvert.verify_equivalence(source, tmp_path / "output")
+    for one, other in zip(usual.comparisons, checked.comparisons, strict=True):
+        assert one.rms == other.rms
+        assert (other.floor_rms > 3 * one.floor_rms) is everywhere
+
+
+def test_infinity_has_no_noise() -> None:
+    weight = torch.tensor([math.inf, -math.inf, 1.0], dtype=torch.float64).repeat(1000)
+    found = perturbed(weight, torch.float64, torch.Generator().manual_seed(0))
+    assert torch.equal(found[weight.isinf()], weight[weight.isinf()])
+    assert not torch.equal(found, weight)

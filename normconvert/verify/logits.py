@@ -77,7 +77,9 @@ def compare(
     their outputs differ by at most four times what that does. A model of few outputs may hardly
     move in three: before two are called different that are not far apart, it is twelve times.
     Where tensors have another shape (on d - 1 coordinates the last is minus the sum of the others,
-    with the rounding of all of them), it is the converted model that is perturbed.
+    with the rounding of all of them), it is the converted model that is perturbed. Where what is
+    computed is rounded no finer than the weights, rounding weights may do less than computing in
+    another order does: then the later nine runs are with all tensors perturbed.
 
     A model that does not fit into memory is run with its weights on disk, unless `placement` says
     where they are to be.
@@ -87,6 +89,7 @@ def compare(
         TraceError: what they read is not known.
     """
     compute, placement = choose(original, dtype, placement)
+    stored = main_dtype(original)
     with _Runner(compute, placement, returns, trust_remote_code, listen) as run:
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code, other=converted)
@@ -122,6 +125,8 @@ def compare(
                 break
             model = run.load(converted if resized else original)
             moving = _differing(after, before) if resized else differing
+            if seed >= _FLOOR_RUNS and torch.finfo(compute).eps >= torch.finfo(stored).eps:
+                moving = tuple(shapes(model))
             replace_weights(model, moving, partial(_noisy, original, converted, became, seed))
             moved, moved_states = run.outputs(model, sets, steps)
             floors.append(output_distances(candidate if resized else reference, moved))

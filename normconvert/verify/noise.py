@@ -54,7 +54,11 @@ def _perturbed(
 
 
 def unit_in_the_last_place(weight: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
-    """The distance to the next number of the dtype `stored` at each weight, in float64; 0 at 0."""
+    """The distance to the next number of the dtype `stored` at each weight, in float64.
+
+    It is 0 at 0, and at infinity.
+    """
     info = torch.finfo(stored)
     power = (weight.to(torch.float64).view(torch.int64) & _EXPONENT).view(torch.float64)
-    return power.clamp(min=info.smallest_normal) * info.eps * (weight != 0)
+    unit = power.clamp(min=info.smallest_normal) * info.eps
+    return unit.masked_fill_((weight == 0) | ~weight.isfinite(), 0.0)

@@ -45,10 +45,10 @@ WEIGHTS = "model.safetensors"
 class Judgement:
     """What the verification says of one conversion of the model `name`, stored in `dtype`.
 
-    `kind` is "exact" for the conversion as it is, else what was done to `tensor`. `effect` is the
-    largest difference of the outputs from those of the exact conversion, both computed in
-    float64, relative to the largest output. `certificate` and `outputs` are whether these passed
-    it; the latter is None if the outputs were not compared.
+    `kind` is "exact" for the conversion as it is, else what was done to `tensor`. `certificate` and
+    `outputs` are whether these passed it. `effect` is the largest difference of the outputs from
+    those of the exact conversion, both computed in float64, relative to the largest output. Where
+    the outputs were not compared, both of these are None.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Judgement:
     rewrite: str
     kind: str
     tensor: str
-    effect: float
+    effect: float | None
     certificate: bool
     outputs: bool | None
 
@@ -96,12 +96,14 @@ def _judgements(
         output.mkdir()
         write(plan, source, output, {"plan": plan.to_json()}, ignore)
         case = _Case(name, str(dtype).removeprefix("torch."), rewrite, plan, source, output)
-        yield case.judged("exact", "", compared=True)
+        yield case.judged_exact()
+        if compare_wrong:
+            _ = case.right_outputs  # before anything is wrong
         right = load_file(output / WEIGHTS)
         before = load_file(source.folder / WEIGHTS)
         for kind, tensor, wrong in _wrong(name, plan, before, right):
             save_file({**right, tensor: wrong}, output / WEIGHTS, metadata={"format": "pt"})
-            yield case.judged(kind, tensor, compared=compare_wrong)
+            yield case.judged_wrong(kind, tensor, compared=compare_wrong)
 
 
 @dataclass(frozen=True)
@@ -115,13 +117,32 @@ class _Case:
     source: Checkpoint
     output: Path
 
-    def judged(self, kind: str, tensor: str, *, compared: bool) -> Judgement:
+    def judged_exact(self) -> Judgement:
         converted = open_checkpoint(str(self.output))
-        expected = self._right_outputs  # the first time, before anything is wrong
-        found = expected if kind == "exact" else _outputs(converted)
+        return self._judgement("exact", "", 0.0, converted, self._equivalent(converted))
+
+    def judged_wrong(self, kind: str, tensor: str, *, compared: bool) -> Judgement:
+        converted = open_checkpoint(str(self.output))
+        if not compared:
+            return self._judgement(kind, tensor, None, converted, None)
         effect = max(
-            float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True)
+            float((a - b).abs().max() / a.abs().max())
+            for a, b in zip(self.right_outputs, _outputs(converted), strict=True)
         )
+        return self._judgement(kind, tensor, effect, converted, self._equivalent(converted))
+
+    @cached_property
+    def right_outputs(self) -> tuple[torch.Tensor, ...]:
+        return _outputs(open_checkpoint(str(self.output)))
+
+    def _judgement(
+        self,
+        kind: str,
+        tensor: str,
+        effect: float | None,
+        converted: Checkpoint,
+        outputs: bool | None,
+    ) -> Judgement:
         return Judgement(
             name=self.name,
             dtype=self.dtype,
@@ -130,12 +151,8 @@ class _Case:
             tensor=tensor,
             effect=effect,
             certificate=certify(self.plan, self.source, converted, ignore).valid,
-            outputs=self._equivalent(converted) if compared else None,
+            outputs=outputs,
         )
-
-    @cached_property
-    def _right_outputs(self) -> tuple[torch.Tensor, ...]:
-        return _outputs(open_checkpoint(str(self.output)))
 
     def _equivalent(self, converted: Checkpoint) -> bool:
         return logits.compare(
