@@ -350,3 +350,12 @@ def test_a_target_is_of_the_stock_format(models: Callable[[str], Path], tmp_path
     assert run.status == 2
     assert "in the stock format alone" in run.err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_command_says(models: Callable[[str], Path], tmp_path: Path) -> None:
+    """An OLMo's norms have no gain that they could keep, and stay LayerNorms unless retargeted."""
+    said = run_here("rmsnorm", models("olmo"), "--format", "stock", "-o", "output", cwd=tmp_path)
+    first, *rest = said.out.splitlines()
+    assert first.startswith("Centered what 7 of 7 LayerNorms read, folded 0 of 7 norms: ")
+    assert "keeps its gain" not in said.out
+    assert rest[-1] == "Wrote output"

@@ -168,7 +168,8 @@ def show_conversion(report: Conversion) -> None:
     for group in _grouped((*kept, *plan.kept("prmsnorm"))):
         console.print(f"[yellow]{group.norm}[/] stays: {group.reason}.", soft_wrap=True)
     what = "stays" if plan.rules == ("flashnorm",) else "keeps its gain"
-    for group in _grouped(plan.kept("flashnorm")):
+    unfolded = [v for v in plan.kept("flashnorm") if v.gain is not None or what == "stays"]
+    for group in _grouped(unfolded):
         console.print(f"[yellow]{group.norm}[/] {what}: {group.reason}.", soft_wrap=True)
     _show_unknown(console, plan)
     _show_notes(console, plan.notes)
@@ -188,8 +189,10 @@ def show_conversion(report: Conversion) -> None:
 def _done(plan: Plan) -> str:
     """How many norms each rule changed; the last of the two for LayerNorms says it all."""
     parts = []
+    norms = "{} of {} LayerNorms"
+    made = f"made {norms} {{}}s" if plan.native else f"centered what {norms} read"
     for rule, words in (
-        ("crmsnorm" if "crmsnorm" in plan.rules else "rmsnorm", "made {} of {} LayerNorms {}s"),
+        ("crmsnorm" if "crmsnorm" in plan.rules else "rmsnorm", made),
         ("flashnorm", "folded {} of {} norms"),
         ("prmsnorm", "made {} of {} norms pRMSNorms"),
     ):

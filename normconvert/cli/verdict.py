@@ -57,7 +57,7 @@ def why(report: Equivalence) -> str:
         return "no tensor differs, and the logits " + (
             "are the same."
             if report.equivalent
-            else "differ: the two configurations describe other models."
+            else "differ: of the same weights the two compute something else."
         )
     return (
         f"the logits differ by {_times_floor(worst):.2g} times the noise floor (up to 4 is "

@@ -62,18 +62,18 @@ def retarget(plan: Plan, checkpoint: Checkpoint, target: str) -> tuple[Plan, Che
             replace(
                 plan,
                 config=tuple((k, v) for k, v in config.items() if k not in base or base[k] != v),
-                notes=(*plan.notes, f"The output is a {target_class.__name__}."),
+                notes=(*plan.notes, f"The output is of the class {target_class.__name__}."),
             ),
             replace(checkpoint, config=base),
             source,
         )
     except NormconvertError as error:
         why = str(error).rstrip(".")
-        raise PlanError(f"{checkpoint.model} cannot become a {target}: {why}.") from error
+        raise PlanError(f"{checkpoint.model} cannot become {target}: {why}.") from error
     if parting := difference(source, side):
         lost = _lost(before.config, source_config, target_class)
-        hint = f" A {target} has no {', '.join(lost[:3])}." if lost else ""
-        raise PlanError(f"{checkpoint.model} cannot become a {target}: {parting}.{hint}")
+        hint = f" {target} has no {', '.join(lost[:3])}." if lost else ""
+        raise PlanError(f"{checkpoint.model} cannot become {target}: {parting}.{hint}")
     return twin, replace(checkpoint, config=base)
 
 
@@ -131,7 +131,7 @@ def _made(config_class: Any, config: Mapping[str, Any]) -> Any:
             return config_class.from_dict(dict(config))
     except Exception as error:  # a config class may raise anything on values it cannot use
         raise PlanError(
-            f"its config does not make a {config_class.__name__}: {first_line(error)}"
+            f"its config is none of {config_class.__name__}: {first_line(error)}"
         ) from error
 
 
