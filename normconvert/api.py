@@ -94,7 +94,7 @@ def convert(
     others stand in the way; all of them unless given. With `resume`, the shards stay that an
     earlier run, which was broken off, had completed of the same conversion. `model_class` is a
     class of your own, a subclass of `transformers.PreTrainedModel`, to run the model in.
-    `processes` are those that help to write, if this is the first of several.
+    `processes` are those that help to write and to certify, if this is the first of several.
 
     With `stream`, a Hub repository is fetched and rewritten shard by shard, and never whole on the
     disk; the certificate is made, but no logits are compared. `stream_to` is the Hub repository
@@ -163,7 +163,9 @@ def convert(
             write(plan, base, staged.path, manifest, listen, processes)
             written = replace(_open(staged.path, None, model_class), model=str(place))
             verification = (
-                _verified(plan, base, checkpoint, written, returns, trust_remote_code, listen)
+                _verified(
+                    plan, base, checkpoint, written, returns, trust_remote_code, listen, processes
+                )
                 if verify
                 else None
             )
@@ -197,6 +199,7 @@ def verify_equivalence(
     model_class: type[PreTrainedModel] | None = None,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
+    processes: Processes = ALONE,
 ) -> Equivalence:
     """Whether two checkpoints compute the same: by their weights, and by their logits.
 
@@ -211,6 +214,7 @@ def verify_equivalence(
     `device_map` (or a device, such as "cuda:0") and `max_memory` are those of `from_pretrained`,
     for the logits; by default these are computed on the CPU, and of a model that does not fit into
     memory, the weights are read from disk while it runs. `model_class` as in `convert`, for both.
+    `processes` are those that help to certify, if this is the first of several.
 
     Raises:
         NormconvertError: one of them cannot be read or run.
@@ -221,7 +225,7 @@ def verify_equivalence(
     pair = _open(original, revision, model_class), _open(converted, None, model_class)
     for each in pair:
         download(each)
-    certificate, algebra, centered, notes = _proof(*pair, trust_remote_code, listen)
+    certificate, algebra, centered, notes = _proof(*pair, trust_remote_code, listen, processes)
     report = compare(
         *pair,
         text=text,
@@ -296,6 +300,7 @@ def _verified(
     returns: tuple[str, ...],
     trust_remote_code: bool,
     listen: Listener,
+    processes: Processes,
 ) -> Equivalence:
     """What a conversion ends with: the certificate of what was written, and the logits."""
     from normconvert.verify import certify, compare
@@ -306,7 +311,7 @@ def _verified(
         text=None,
         dtype=None,
         returns=returns,
-        certificate=certify(plan, base, written, listen),
+        certificate=certify(plan, base, written, listen, processes),
         algebra=None,
         centered="rmsnorm" in plan.rules,
         trust_remote_code=trust_remote_code,
@@ -321,7 +326,11 @@ def _upload(repo_id: str) -> Upload:
 
 
 def _proof(
-    original: Checkpoint, converted: Checkpoint, trust_remote_code: bool, listen: Listener
+    original: Checkpoint,
+    converted: Checkpoint,
+    trust_remote_code: bool,
+    listen: Listener,
+    processes: Processes,
 ) -> tuple[Certificate | None, Algebra | None, bool, tuple[str, ...]]:
     """What a plan made anew says of a checkpoint that tells how it was converted.
 
@@ -342,7 +351,7 @@ def _proof(
     except (NormconvertError, TypeError) as error:
         what = f"no plan can be made for it with the stored options ({error})"
         return refused(original.model, what), None, False, ()
-    certificate = certify(plan, base, converted, listen)
+    certificate = certify(plan, base, converted, listen, processes)
     centered = "rmsnorm" in plan.rules
     if plan.changed("prmsnorm"):
         return certificate, None, centered, ()

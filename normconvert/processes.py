@@ -13,13 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeAlias
+from heapq import heappop, heappush
+from typing import Any, TypeAlias, TypeVar
 
 from normconvert.errors import NormconvertError
 from normconvert.ir.event import Listener, ignore
 
-Job: TypeAlias = Callable[[int, int, Listener], None]
-"""Does the part of the process of that rank, of so many. It is pickled."""
+Job: TypeAlias = Callable[[int, int, Listener], Any]
+"""Does the part of the process of that rank, of so many. It is pickled, and so is its result."""
+
+_T = TypeVar("_T")
 
 _JOINING = timedelta(minutes=2)  # gloo tries five times
 _WORKING = timedelta(days=7)  # what another process may be busy for; that it ends is noticed anyway
@@ -55,18 +58,17 @@ class Processes:
                 "machines, GLOO_SOCKET_IFNAME must name the network interface that connects them."
             ) from error
 
-    def share(self, job: Job, listen: Listener) -> None:
-        """In the first process: run `job` in all of them, and wait until all are done.
+    def share(self, job: Job, listen: Listener) -> list[Any]:
+        """In the first process: run `job` in all of them. What each gives, once all are done.
 
         Raises:
             NormconvertError, OSError, MemoryError: what the first process that failed raised.
             ProcessLost: one has ended.
         """
         if self.count == 1:
-            job(0, 1, listen)
-            return
+            return [job(0, 1, listen)]
         self._broadcast(job)
-        self._do(job, listen)
+        return self._do(job, listen)
 
     def follow(self) -> int:
         """In the others: do what the first shares until it ends; its exit status.
@@ -93,18 +95,20 @@ class Processes:
         except RuntimeError:
             return self.rank == 0
 
-    def _do(self, job: Job, listen: Listener) -> None:
+    def _do(self, job: Job, listen: Listener) -> list[Any]:
         from accelerate.utils import gather_object
 
+        found: Any = None
         failure: Exception | None = None
         try:
-            job(self.rank, self.count, listen)
+            found = job(self.rank, self.count, listen)
         except (NormconvertError, OSError, MemoryError) as error:
             failure = error
-        failures = _connected(lambda: gather_object([failure]))
-        for each in failures:
+        gathered = _connected(lambda: gather_object([(found, failure)]))
+        for _, each in gathered:
             if each is not None:
                 raise each
+        return [found for found, _ in gathered]
 
     def _broadcast(self, value: Any) -> Any:
         """In every process what the first gives."""
@@ -114,6 +118,19 @@ class Processes:
 
 
 ALONE = Processes(rank=0, count=1)
+
+
+def divide(
+    things: tuple[_T, ...], count: int, size: Callable[[_T], int]
+) -> tuple[tuple[_T, ...], ...]:
+    """In `count` parts of about the same size: the largest first, each to the smallest part."""
+    parts: list[list[_T]] = [[] for _ in range(count)]
+    smallest = [(0, part) for part in range(count)]
+    for thing in sorted(things, key=size, reverse=True):
+        whole, part = heappop(smallest)
+        parts[part].append(thing)
+        heappush(smallest, (whole + size(thing), part))
+    return tuple(tuple(part) for part in parts)
 
 
 def launched() -> Processes:

@@ -11,15 +11,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 import normconvert
 from command_line import Run, assert_sentence, environment
-from normconvert.processes import ALONE, Processes, launched
-from normconvert.rewrite.layout import Layout, divide
-from normconvert.source import Header, Shard
+from normconvert.ir.event import Listener
+from normconvert.ir.report import Certificate, Equivalence
+from normconvert.processes import ALONE, Job, Processes, divide, launched
 
 MODELS = Path(__file__).parents[1] / "models"
 DYING = Path(__file__).parent / "dying_process.py"
@@ -78,6 +79,10 @@ def assert_same(one: Path, other: Path) -> None:
     assert filecmp.cmpfiles(one, other, names, shallow=False) == (names, [], [])
 
 
+def as_json(report: Equivalence) -> Any:
+    return json.loads(json.dumps(report.to_json()))
+
+
 def test_four_processes_write_what_one_does(sharded: Path, tmp_path: Path) -> None:
     result = launch(4, "flashnorm", sharded, "-o", "output", "--no-verify", "--json", cwd=tmp_path)
     assert (result.status, result.err) == (0, "")
@@ -120,6 +125,36 @@ def test_verifying_gives_one_answer(sharded: Path, tmp_path: Path) -> None:
     result = launch(2, *arguments, cwd=tmp_path)
     assert (result.status, result.err) == (0, "")
     assert result.json()["equivalent"]
+    found = normconvert.verify_equivalence(sharded, alone)
+    assert result.json()["certificate"] == as_json(found)["certificate"]
+
+
+def test_every_process_certifies_a_part(sharded: Path, tmp_path: Path) -> None:
+    """A fault is found in whichever shard it is, so in whichever process reads that."""
+    wrong = Path(shutil.copytree(sharded.parent / "alone", tmp_path / "wrong"))
+    moved = []
+    for shard in sorted(wrong.glob("*.safetensors")):
+        tensors = load_file(shard)
+        name = min(tensors)
+        tensors[name].view(-1)[0] += 1
+        moved.append(name)
+        save_file(tensors, shard, {"format": "pt"})
+    arguments = ("verify-equivalence", sharded, wrong, "--json", "-")
+    found = launch(2, *arguments, cwd=tmp_path).json()["certificate"]
+    assert found["problem_count"] == 6
+    assert sorted(each["place"] for each in found["problems"]) == sorted(moved)
+    parts: list[Certificate] = []
+
+    class BothInTurn(Processes):
+        def share(self, job: Job, listen: Listener) -> list[Any]:
+            parts.extend(job(rank, 2, listen) for rank in range(2))
+            return parts
+
+    processes = BothInTurn(rank=0, count=2)
+    report = normconvert.verify_equivalence(sharded, wrong, processes=processes)
+    assert as_json(report)["certificate"] == found
+    assert [part.problem_count for part in parts] == [3, 3]
+    assert all(part.rewritten + part.copied > 10 for part in parts)
 
 
 @pytest.fixture
@@ -206,19 +241,12 @@ def test_two_hosts_without_one(hosts: tuple[str, str], sharded: Path, tmp_path: 
 # --- without any process
 
 
-def layout(size: int) -> Layout:
-    shard = Shard(
-        name=str(size), path=Path(), header=Header(tensors=(), metadata=None, data_start=0)
-    )
-    return Layout(shard, b"." * size, ())
-
-
 def test_shards_are_divided_by_bytes() -> None:
     """Not by count: the greedy rule is at most a third above the best division."""
-    parts = divide(tuple(layout(size) for size in (1, 1, 1, 1, 9, 5, 4)), 3)
-    assert [sum(each.size for each in part) for part in parts] == [9, 7, 6]
-    assert sorted(each.size for part in parts for each in part) == [1, 1, 1, 1, 4, 5, 9]
-    assert divide((layout(3),), 3)[1:] == ((), ())  # fewer shards than processes
+    parts = divide((1, 1, 1, 1, 9, 5, 4), 3, lambda size: size)
+    assert [sum(part) for part in parts] == [9, 7, 6]
+    assert sorted(size for part in parts for size in part) == [1, 1, 1, 1, 4, 5, 9]
+    assert divide((3,), 3, lambda size: size)[1:] == ((), ())  # fewer shards than processes
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ ALLOWED = {
     "trace": {*SHARED, "trace", *MODELS},
     "processes": {"errors", "ir"},
     "rewrite": {*SHARED, "processes", "rewrite", "torch_dtypes", "torch_threads"},
-    "verify": {*SHARED, "verify", *MODELS},
+    "verify": {*SHARED, "processes", "verify", *MODELS},
     "train": {"errors", "ir", "model_class", "nn", "rules", "trace"},
     "inspection": {"cost", "ir", "planner", "settle", "source"},
     "benchmark": {

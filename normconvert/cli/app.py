@@ -11,9 +11,7 @@ from normconvert import __version__
 from normconvert.cli.bench import bench
 from normconvert.cli.conversion import run_conversion
 from normconvert.cli.options import (
-    Branch,
     ComputeDtype,
-    CreatePr,
     Debug,
     Device,
     DeviceMap,
@@ -27,11 +25,9 @@ from normconvert.cli.options import (
     Json,
     JsonFile,
     MaxMemory,
-    Message,
     Model,
     NoVerify,
     Output,
-    Private,
     Push,
     Resume,
     Returns,
@@ -40,12 +36,11 @@ from normconvert.cli.options import (
     Target,
     TextFile,
     Tied,
-    Token,
     Trust,
-    Unverified,
     limits,
     read_text,
 )
+from normconvert.cli.push import push
 from normconvert.cost import DISK_SPEED
 
 app = typer.Typer(
@@ -324,6 +319,7 @@ def verify_equivalence(
     from normconvert.api import verify_equivalence as verify
     from normconvert.cli.progress import progress
     from normconvert.cli.show import show_equivalence, show_json, to_text
+    from normconvert.processes import launched
 
     if device and device_map:
         raise typer.BadParameter("give --device or --device-map, not both")
@@ -340,6 +336,7 @@ def verify_equivalence(
             revision=revision,
             trust_remote_code=trust_remote_code,
             listen=listen,
+            processes=launched(),
         )
     if to_stdout:
         show_json(report.to_json())
@@ -355,40 +352,7 @@ def verify_equivalence(
 
 
 app.command()(bench)
-
-
-@app.command()
-def push(
-    folder: Annotated[Path, typer.Argument(help="The output of a conversion.")],
-    repo_id: Annotated[str, typer.Argument(help="USER/NAME on the Hub.")],
-    private: Private = False,
-    revision: Branch = None,
-    create_pr: CreatePr = False,
-    commit_message: Message = None,
-    token: Token = None,
-    unverified: Unverified = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Publish a conversion on the Hub."""
-    from normconvert.publish import push as publish
-
-    url = publish(
-        folder,
-        repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-        token=token,
-        unverified=unverified,
-    )
-    if as_json:
-        from normconvert.cli.show import show_json
-
-        show_json({"url": url})
-    else:
-        typer.echo(f"Pushed: {url}")
+app.command()(push)
 
 
 @app.callback(invoke_without_command=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -96,17 +95,6 @@ def lay_out(plan: Plan, checkpoint: Checkpoint) -> tuple[Layout, ...]:
     return tuple(
         _lay_out(shard, edits, omitted, new if shard is last else []) for shard in checkpoint.shards
     )
-
-
-def divide(layouts: tuple[Layout, ...], count: int) -> tuple[tuple[Layout, ...], ...]:
-    """In `count` parts of about as many bytes: the largest first, each to the smallest part."""
-    parts: list[list[Layout]] = [[] for _ in range(count)]
-    smallest = [(0, part) for part in range(count)]
-    for layout in sorted(layouts, key=lambda layout: layout.size, reverse=True):
-        size, part = heappop(smallest)
-        parts[part].append(layout)
-        heappush(smallest, (size + layout.size, part))
-    return tuple(tuple(part) for part in parts)
 
 
 def reads(layout: Layout) -> set[str]:

@@ -23,10 +23,10 @@ import torch
 from normconvert.errors import RewriteError, SourceError
 from normconvert.ir.event import Event, Listener
 from normconvert.ir.native import MODELING_FILE
-from normconvert.processes import ALONE, Processes
+from normconvert.processes import ALONE, Processes, divide
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
 from normconvert.rewrite.folder import MANIFEST, files_in, writing
-from normconvert.rewrite.layout import Layout, Span, batches, divide, lay_out, row_blocks
+from normconvert.rewrite.layout import Layout, Span, batches, lay_out, row_blocks
 from normconvert.source import Checkpoint, Shard, read_header
 from normconvert.source.checkpoint import INDEX_FILE, read_json
 from normconvert.torch_threads import torch_threads
@@ -231,7 +231,7 @@ def _write_part(
     """What the process of that `rank` writes of `layouts`, of so many that do."""
     if rank:
         _require_same_files(checkpoint, folder)
-    part = divide(layouts, count)[rank]
+    part = divide(layouts, count, lambda layout: layout.size)[rank]
     write_shards(part, checkpoint, folder, listen, durably=count > 1)
 
 

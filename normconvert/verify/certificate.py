@@ -12,7 +12,7 @@ import filecmp
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -26,6 +26,7 @@ from normconvert.ir.expression import Scale, Tensor
 from normconvert.ir.native import MODELING_FILE
 from normconvert.ir.plan import Plan
 from normconvert.ir.report import Certificate, Problem
+from normconvert.processes import ALONE, Processes, divide
 from normconvert.source.checkpoint import INDEX_FILE, read_json
 from normconvert.verify.recompute import Recomputer, boxes
 from normconvert.verify.rounded import products_are_rounded, wrongly_rounded
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from normconvert.ir.plan import Edit
-    from normconvert.source import Checkpoint
+    from normconvert.source import Checkpoint, Shard
     from normconvert.verify.stored import Box, Raw
 
 MANIFEST = "normconvert.json"
@@ -71,16 +72,35 @@ class _Findings:
 
 
 def certify(
-    plan: Plan, original: Checkpoint, converted: Checkpoint, listen: Listener
+    plan: Plan,
+    original: Checkpoint,
+    converted: Checkpoint,
+    listen: Listener,
+    processes: Processes = ALONE,
 ) -> Certificate:
     """Whether `converted` is what `plan` makes of `original`, and nothing else.
 
-    `plan` is one that was made anew; the one stored with `converted` has to be the same.
+    `plan` is one that was made anew; the one stored with `converted` has to be the same. The
+    shards are divided among the `processes`, of which this is the first.
     """
-    return together(
-        certify_form(plan, original, converted),
-        certify_tensors(plan, original, converted, listen),
-    )
+    job = partial(_certify_part, plan, original, converted)
+    return together(certify_form(plan, original, converted), *processes.share(job, listen))
+
+
+def _certify_part(
+    plan: Plan,
+    original: Checkpoint,
+    converted: Checkpoint,
+    rank: int,
+    count: int,
+    listen: Listener,
+) -> Certificate:
+    shards = divide(converted.shards, count, _nbytes)[rank]
+    return certify_tensors(plan, original, replace(converted, shards=shards), listen)
+
+
+def _nbytes(shard: Shard) -> int:
+    return sum(tensor.nbytes for tensor in shard.header.tensors)
 
 
 def certify_form(plan: Plan, original: Checkpoint, converted: Checkpoint) -> Certificate:
