@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import zoo
+from normconvert.models import openelm
 from zoo_entry import SIZES
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -48,7 +49,7 @@ CLASSES = (
     "Gemma4ForConditionalGeneration", "Idefics2ForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration", "AriaForConditionalGeneration",
     "Ovis2ForConditionalGeneration", "Llama4ForConditionalGeneration",
-    "T5Gemma2ForConditionalGeneration",
+    "T5Gemma2ForConditionalGeneration", "OpenELMForCausalLM",
 )  # fmt: skip
 
 # Other forms of types, as the zoo has them: tied and untied, block layouts, with and without parts.
@@ -113,6 +114,9 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
          "glm4_moe_lite", "glm_moe_dsa", "kimi_linear", "minicpm3", "sarvam_mla", "youtu"),
         _LATENT,
     ),
+    "OpenELMForCausalLM": {
+        "model_dim": 54, "num_transformer_layers": 3, "num_query_heads": [3, 6, 9],
+        "num_kv_heads": [1, 3, 3], "ffn_multipliers": [0.5, 1.3, 2.1], "ffn_dim_divisor": 8},
     "Qwen2VLForConditionalGeneration": {
         **_MROPE, "vision_config": {"depth": 3, "num_heads": 9, "hidden_size": 54,
                                     "embed_dim": 72, "mlp_ratio": 2}},
@@ -286,7 +290,7 @@ def _shrunk(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 def _class_of(name: str) -> tuple[Any, PreTrainedConfig]:
     """The model class of a type or of a class's own name, and its tiny configuration."""
     if name in CLASSES:
-        model_class: Any = getattr(transformers, name)
+        model_class: Any = getattr(openelm if name in vars(openelm) else transformers, name)
         config_class = model_class.config_class
         return model_class, _config(config_class, OVERRIDES.get(name, {}))
     config = config_of(STAND_INS.get(name, name))
