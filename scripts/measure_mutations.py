@@ -46,11 +46,17 @@ def main() -> None:
         for name in options.names
         if (name, dtype) not in done
     ]
+    failures = []
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         futures = {pool.submit(judged, *job): job for job in jobs}
         for future in as_completed(futures):
             name, dtype, _ = futures[future]
-            done[name, dtype] = future.result()
+            try:
+                done[name, dtype] = future.result()
+            except RuntimeError as error:  # the others' hours are not to be lost
+                failures.append(f"{error}: {error.__cause__}")
+                print(failures[-1], file=sys.stderr, flush=True)
+                continue
             if options.results:
                 with options.results.open("a") as file:
                     file.write(json.dumps([name, dtype, done[name, dtype]]) + "\n")
@@ -63,6 +69,8 @@ def main() -> None:
             for each in found
         ]
     )
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 def known(results: Path | None) -> dict[tuple[str, str], list[dict[str, Any]]]:
