@@ -10,6 +10,8 @@ import tiny
 import transformers
 from measure import measure
 
+import zoo
+
 pytestmark = pytest.mark.coverage
 
 EXACT = 1e-12
@@ -37,3 +39,14 @@ def test_exact_or_refused(name: str, tmp_path: Path) -> None:
 def test_the_page_has_every_type_and_no_other() -> None:
     assert list(document.known_lines()) == list(tiny.NAMES)
     assert document.PAGE.read_text().startswith(document.HEAD)
+
+
+@pytest.mark.parametrize("name", [*tiny.VARIANTS, "llama", "OpenELMForCausalLM", "ViTModel"])
+def test_no_gain_is_neutral(name: str) -> None:
+    """Or a fold that does nothing would pass."""
+    norms = [module for module in tiny.build(name).modules() if zoo.is_norm(module)]
+    gains = [(module, module.weight) for module in norms if hasattr(module, "weight")]
+    biases = [module.bias for module in norms if getattr(module, "bias", None) is not None]
+    assert gains
+    assert all(bool((gain != zoo.identity_gain(norm)).all()) for norm, gain in gains)
+    assert all(bool((bias != 0).all()) for bias in biases)

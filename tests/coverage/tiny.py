@@ -307,11 +307,12 @@ def _class_of(name: str) -> tuple[Any, PreTrainedConfig]:
 
 def build(name: str) -> Any:
     """The model with every parameter drawn at random, in float64."""
-    if name in VARIANTS:
-        return zoo.build(zoo.ZOO[name])
-    model_class, config = _class_of(name)
     with torch.random.fork_rng(devices=[]):
-        model = model_class(config)
+        if name in VARIANTS:
+            model: Any = zoo.build(zoo.ZOO[name])
+        else:
+            model_class, config = _class_of(name)
+            model = model_class(config)
     zoo._randomise(model, torch.Generator().manual_seed(0))
     return model.eval()
 
