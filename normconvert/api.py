@@ -338,7 +338,7 @@ def _proof(
     """
     from normconvert.planner import modules_of
     from normconvert.settle import Request
-    from normconvert.verify import certify, check_sites, refused, stored_options
+    from normconvert.verify import certify, check_sites, refused, stored_model, stored_options
 
     try:
         options = stored_options(converted)
@@ -347,6 +347,10 @@ def _proof(
         lists = {name: tuple(each) for name, each in options.items() if isinstance(each, list)}
         request = Request(**{**options, **lists})
         graph = _graph(original, request.returns, trust_remote_code, listen)
+        made_of = stored_model(converted)
+        if made_of not in (None, graph.model):
+            what = f"it is a {graph.model}, and {converted.model} was made of a {made_of}"
+            return refused(original.model, what), None, False, ()
         plan, base, _ = _plan(graph, original, request)
     except (NormconvertError, TypeError) as error:
         what = f"no plan can be made for it with the stored options ({error})"

@@ -75,6 +75,9 @@ def make_plan(
         draft = _cut_ties(graph, origins, draft)
     edits = _edits(checkpoint, draft, dtype)
     _require_floating(checkpoint, edits)
+    omitted = tuple(name for name in checkpoint.tensors if name in draft.omitted)
+    if dtype == "keep":
+        _require_dtype(checkpoint, edits, omitted)
     config: dict[str, object] = {}
     if dtype != "keep":
         config["dtype"] = dtype
@@ -87,7 +90,7 @@ def make_plan(
         rules=rules,
         verdicts=(*draft.verdicts, *_not_run(graph, origins, rules)),
         edits=edits,
-        omitted=tuple(name for name in checkpoint.tensors if name in draft.omitted),
+        omitted=omitted,
         native=merged(before, _native(graph, origins, draft, rules)) if native else None,
         config=tuple(config.items()),
         notes=(*_notes(graph, edits), *_adapter_notes(checkpoint, edits)),
@@ -220,6 +223,33 @@ def _require_floating(checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> None:
                     f"{checkpoint.tensors[name].dtype}; it would have to change, and only "
                     "floating-point weights can. Convert the unquantised checkpoint."
                 )
+
+
+def _require_dtype(
+    checkpoint: Checkpoint, edits: tuple[Edit, ...], omitted: tuple[str, ...]
+) -> None:
+    """Without a dtype in config.json, transformers loads all in that of the tensor that is first.
+
+    Raises:
+        PlanError: that is another one in the output.
+    """
+    if {"dtype", "torch_dtype"} & checkpoint.config.keys():
+        return
+    before = {
+        name: tensor.dtype
+        for name, tensor in checkpoint.tensors.items()
+        if tensor.dtype in _FLOATING
+    }
+    after = {name: dtype for name, dtype in before.items() if name not in omitted}
+    after |= {edit.tensor: edit.dtype for edit in edits}
+    for first in (min, lambda names: next(iter(names), "")):  # by name, or as they are stored
+        if after and before[first(before)] != after[first(after)]:
+            raise PlanError(
+                f"{checkpoint.folder / 'config.json'} has no dtype, and the weights are stored in "
+                f"{' and '.join(sorted({*before.values()}))}: the first of them decides in what "
+                'transformers loads all, and the conversion changes which that is. Add "dtype" to '
+                "the file."
+            )
 
 
 def _adapter_notes(checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> tuple[str, ...]:

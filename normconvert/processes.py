@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from heapq import heappop, heappush
+from pathlib import Path
+from socket import gethostname
 from typing import Any, TypeAlias, TypeVar
 
 from normconvert.errors import NormconvertError
@@ -21,6 +23,9 @@ from normconvert.ir.event import Listener, ignore
 
 Job: TypeAlias = Callable[[int, int, Listener], Any]
 """Does the part of the process of that rank, of so many. It is pickled, and so is its result."""
+
+Seen: TypeAlias = "dict[Path, tuple[int, int, int]]"
+"""Of files: their inodes, sizes and times."""
 
 _T = TypeVar("_T")
 
@@ -118,6 +123,34 @@ class Processes:
 
 
 ALONE = Processes(rank=0, count=1)
+
+
+def seen(paths: Iterable[Path]) -> Seen:
+    """What tells the files `paths` from others of the same names, wherever these are."""
+    found = {}
+    for path in paths:
+        with path.open("rb") as file:  # a shared file system asks its server when one is opened
+            status = os.fstat(file.fileno())
+        found[path] = status.st_ino, status.st_size, status.st_mtime_ns
+    return found
+
+
+def require_same(files: Seen) -> None:
+    """Refuse, on another machine, to go on with other files than the first process has seen.
+
+    Raises:
+        NormconvertError: one is another, or is not there.
+    """
+    for path, expected in files.items():
+        try:
+            same = seen([path])[path] == expected
+        except OSError:
+            same = False
+        if not same:
+            raise NormconvertError(
+                f"{gethostname()} sees another {path} than the first process, or none; all "
+                "machines need the source and the output's place on a file system that they share."
+            )
 
 
 def divide(

@@ -141,6 +141,8 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
             raise PlanError(
                 f"{name} is {getattr(request, name)!r}; it may be {', '.join(allowed)}."
             )
+    if not request.rewrites:
+        raise PlanError(f"No rewrite is asked for; there are {', '.join(REWRITES)}.")
     for rewrite in request.rewrites:
         if rewrite not in REWRITES:
             raise PlanError(f"There is no rewrite {rewrite!r}; there are {', '.join(REWRITES)}.")

@@ -248,6 +248,16 @@ def test_options_that_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None
         assert "no plan can be made" in report.certificate.problems[0].what
 
 
+def test_the_conversion_of_another_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """One sentence says so, in place of one for each of its tensors."""
+    zoo.save("gpt2", tmp_path / "gpt2")
+    report = normconvert.verify_equivalence(tmp_path / "gpt2", pair[1])
+    assert report.certificate is not None
+    (problem,) = report.certificate.problems
+    assert problem.what == f"it is a GPT2LMHeadModel, and {pair[1]} was made of a LlamaForCausalLM"
+    assert not report.notes or "load whole" not in report.notes[0]
+
+
 DEEP = "[" * 900 + "]" * 900
 MANIFESTS = [
     "{",

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageCl
 
 import normconvert
 import zoo
+from normconvert.cli.verdict import why
 from normconvert.verify.layers import distances
 
 Tensors = dict[str, torch.Tensor]
@@ -143,7 +144,29 @@ def test_another_tokenizer(change: Callable[[dict[str, Any]], None], tmp_path: P
     report = normconvert.verify_equivalence(source, other)
     assert not report.equivalent
     assert report.notes == ("Their tokenizers read text in different ways: tokenizer.json.",)
+    assert why(report).endswith("but the tokenizers read text in different ways.")
     assert report.parts_at is None
+
+
+def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+    source = Path(__file__).parents[1] / "models" / "tiny-llama"
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    (other / "tokenizer.json").unlink()
+    report = normconvert.verify_equivalence(source, other)
+    assert report.equivalent
+    assert report.notes == (f"{other} has no tokenizer that loads; the other one has.",)
+    assert why(report) == "no tensor differs, and the logits are the same."
+
+
+def test_the_same_in_another_order(tmp_path: Path) -> None:
+    """No tensor differs, and float64 rounds both: that is no difference either."""
+    zoo.save("llama", tmp_path / "source", dtype="float32")
+    normconvert.convert(tmp_path / "source", tmp_path / "output", "prmsnorm", fraction=1.0)
+    report = normconvert.verify_equivalence(tmp_path / "source", tmp_path / "output")
+    assert report.equivalent
+    assert report.differing_tensors == 0
+    assert all(0 < each.rms < 2 * each.floor_rms < 1e-12 for each in report.comparisons)
+    assert why(report).endswith("what computing in another order does, for no tensor differs.")
 
 
 def test_the_same_model_in_two_dtypes(tmp_path: Path) -> None:

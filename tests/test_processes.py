@@ -157,6 +157,28 @@ def test_every_process_certifies_a_part(sharded: Path, tmp_path: Path) -> None:
     assert all(part.rewritten + part.copied > 10 for part in parts)
 
 
+def test_other_disks_are_refused(sharded: Path, tmp_path: Path) -> None:
+    """The same paths, which lead to other files on another machine: one weight, or all of them."""
+    script = tmp_path / "on_its_disk.py"
+    script.write_text(
+        f"import os\nos.chdir({str(tmp_path)!r} + '/disk' + os.environ['RANK'])\n"
+        "from normconvert.cli.main import main\nmain()\n"
+    )
+    for rank in range(2):
+        shutil.copytree(sharded, tmp_path / f"disk{rank}/model")
+        shutil.copytree(sharded.parent / "alone", tmp_path / f"disk{rank}/alone")
+    before = sorted(tmp_path.rglob("*"))
+    for arguments in (
+        ("verify-equivalence", "model", "alone"),
+        ("flashnorm", "model", "-o", tmp_path / "output", "--no-verify"),
+    ):
+        result = launch(2, *arguments, cwd=tmp_path, script=(script,))
+        assert result.status == 1
+        sentence = result.err.removeprefix("normconvert: ").rstrip("\n")
+        assert_sentence(sentence, "sees another", "than the first process", "share")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.fixture
 def hosts() -> Iterator[tuple[str, str]]:
     """Two network namespaces with a cable between them; their names are those of its ends too."""
@@ -232,7 +254,7 @@ def test_two_hosts_without_one(hosts: tuple[str, str], sharded: Path, tmp_path: 
     place.mkdir()
     arguments = ("flashnorm", sharded, "-o", place / "output", "--no-verify")
     first, second = launch_on(hosts, *arguments, cwd=tmp_path, hidden=place)
-    assert_sentence(first.err.removeprefix("normconvert: ").rstrip("\n"), "does not see", "share")
+    assert_sentence(first.err.removeprefix("normconvert: ").rstrip("\n"), "sees another", "share")
     assert second == Run(1, "", "")
     assert first.status == 1
     assert list(place.iterdir()) == []

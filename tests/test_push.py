@@ -147,9 +147,7 @@ def test_native(hub: Hub, tmp_path: Path) -> None:
     )
     converted = run_here("prmsnorm", "gpt2-rmsnorm", "-o", "partial", cwd=tmp_path)
     assert converted.status == 0
-    assert (
-        "\nNot equivalent: no tensor differs, and the logits differ: of the same" in converted.out
-    )
+    assert "which is what computing in another order does, for no tensor differs." in converted.out
     push(hub, tmp_path / "partial", "me/p").assert_refused("not equivalent", "--unverified")
     assert push(hub, tmp_path / "partial", "me/p", "--unverified").status == 0
     assert "Not equivalent" in hub.branches["me/p@main"]["README.md"].decode()

@@ -35,10 +35,10 @@ def certified(certificate: Certificate) -> str:
     """What a valid certificate says, in a sentence or two."""
     are = "tensor is" if certificate.rewritten == 1 else "tensors are"
     files = "1 file" if certificate.files == 1 else f"{certificate.files} files"
-    line = (
-        f"{certificate.rewritten} {are} exactly what the plan makes of the original, rounded once; "
-        f"{certificate.copied} tensors and {files} are the original's, byte for byte."
-    )
+    line = f"{certificate.copied} tensors and {files} are the original's, byte for byte."
+    if certificate.rewritten:
+        made = "exactly what the plan makes of the original, rounded once"
+        line = f"{certificate.rewritten} {are} {made}; {line}"
     if certificate.undecided:
         line += f" ({certificate.undecided} elements lie too near to a tie to tell.)"
     return line
@@ -52,22 +52,23 @@ def why(report: Equivalence) -> str:
         return "the converted checkpoint is not what its plan makes of the original."
     if report.algebra is not None and not report.algebra.valid:
         return "a rewritten norm and what reads it compute something else before rounding."
-    worst = max(report.comparisons, key=_times_floor)
-    if not report.differing_tensors:
-        return "no tensor differs, and the logits " + (
-            "are the same."
-            if report.equivalent
-            else "differ: of the same weights the two compute something else."
-        )
+    times = max(_times_floor(comparison) for comparison in report.comparisons)
+    if not report.equivalent and all(each.equivalent for each in report.comparisons):
+        return "the logits are equivalent, but the tokenizers read text in different ways."
+    if report.differing_tensors:
+        several = report.differing_tensors > 1
+        tensors = f"{report.differing_tensors} differing tensors" if several else "differing tensor"
+        floor = f"rounding the {tensors} does to the original"
+    elif times:
+        floor = "computing in another order does, for no tensor differs"
+    else:
+        return "no tensor differs, and the logits are the same."
     return (
-        f"the logits differ by {_times_floor(worst):.2g} times the noise floor (up to 4 is "
-        f"equivalent), which is what rounding the {report.differing_tensors} differing tensors "
-        "does to the original."
+        f"the logits differ by {times:.2g} times the noise floor (up to 4 is equivalent), "
+        f"which is what {floor}."
     )
 
 
 def _times_floor(comparison: Comparison) -> float:
     pairs = ((comparison.max, comparison.floor_max), (comparison.rms, comparison.floor_rms))
-    return max(
-        found / floor if floor else float(found > 0) * float("inf") for found, floor in pairs
-    )
+    return max(found / floor if floor else math.inf if found else 0.0 for found, floor in pairs)

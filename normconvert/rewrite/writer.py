@@ -15,7 +15,6 @@ from functools import partial
 from importlib.resources import as_file, files
 from io import FileIO
 from pathlib import Path
-from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +22,13 @@ import torch
 from normconvert.errors import RewriteError, SourceError
 from normconvert.ir.event import Event, Listener
 from normconvert.ir.native import MODELING_FILE
-from normconvert.processes import ALONE, Processes, divide
+from normconvert.processes import ALONE, Processes, Seen, divide, require_same, seen
 from normconvert.rewrite.evaluate import BLOCK_BYTES, Evaluator
 from normconvert.rewrite.folder import MANIFEST, files_in, writing
 from normconvert.rewrite.layout import Layout, Span, batches, lay_out, row_blocks
-from normconvert.source import Checkpoint, Shard, read_header
+from normconvert.source import Checkpoint, Shard
 from normconvert.source.checkpoint import INDEX_FILE, read_json
+from normconvert.source.files import walk
 from normconvert.torch_threads import torch_threads
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ _KEPT_BYTES = 16 << 20  # once that is freed, glibc's malloc keeps smaller block
 _NOT_SUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _OURS = ".normconvert-"  # so begin the notes of a conversion that is not complete
 _BEGUN = f"{_OURS}begun.json"  # of what conversion a folder holds the first shards
-_LEFT_OUT = frozenset({".git", ".cache"})  # of a clone or a download, not of the checkpoint
 
 
 def write(
@@ -69,7 +68,8 @@ def write(
         missing = tuple(layout for layout in layouts if layout.shard.name not in kept)
         require_space(folder, sum(layout.size for layout in missing))
         write_files(plan, checkpoint, layouts, folder, manifest)
-        processes.share(partial(_write_part, missing, checkpoint, folder), listen)
+        files = seen([*(shard.path for shard in checkpoint.shards), folder / _BEGUN])
+        processes.share(partial(_write_part, missing, checkpoint, folder, files), listen)
         if _conversion(layouts, manifest) != conversion:
             raise RewriteError(f"{checkpoint.folder} changed while it was read; start again.")
         (folder / _BEGUN).unlink()
@@ -172,16 +172,10 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
     rewritten = {MANIFEST, *(shard.name for shard in checkpoint.shards)}
     if checkpoint.has_index:
         rewritten.add(INDEX_FILE)
-    for root, folders, names in os.walk(checkpoint.folder, followlinks=True):
-        above = {os.path.realpath(part) for part in (Path(root), *Path(root).parents)}
-        folders[:] = [
-            name
-            for name in folders
-            if name not in _LEFT_OUT and os.path.realpath(os.path.join(root, name)) not in above
-        ]
-        (folder / Path(root).relative_to(checkpoint.folder)).mkdir(parents=True, exist_ok=True)
+    for root, names in walk(checkpoint.folder):
+        (folder / root.relative_to(checkpoint.folder)).mkdir(parents=True, exist_ok=True)
         for name in names:
-            path = Path(root, name)
+            path = root / name
             relative = path.relative_to(checkpoint.folder)
             if path.is_symlink() and not path.exists():
                 raise RewriteError(
@@ -224,27 +218,15 @@ def _write_part(
     layouts: tuple[Layout, ...],
     checkpoint: Checkpoint,
     folder: Path,
+    files: Seen,
     rank: int,
     count: int,
     listen: Listener,
 ) -> None:
     """What the process of that `rank` writes of `layouts`, of so many that do."""
-    if rank:
-        _require_same_files(checkpoint, folder)
+    require_same(files)
     part = divide(layouts, count, lambda layout: layout.size)[rank]
     write_shards(part, checkpoint, folder, listen, durably=count > 1)
-
-
-def _require_same_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Refuse, on another machine, to go on with other files than those the plan was made of."""
-    remedy = "all machines need the source and the output's place on a file system that they share"
-    if not (folder / _BEGUN).is_file():
-        raise RewriteError(
-            f"{gethostname()} does not see what is begun in {folder.parent}; {remedy}."
-        )
-    for shard in checkpoint.shards:
-        if not shard.path.is_file() or read_header(shard.path) != shard.header:
-            raise RewriteError(f"{gethostname()} sees no such {shard.path}; {remedy}.")
 
 
 def write_shards(

@@ -70,6 +70,7 @@ def open_checkpoint(
     folder = snapshot.folder
     config = read_json(folder / "config.json")
     _refuse_quantised(folder / "config.json", config)
+    _refuse_other_weights(snapshot, config)
     names = _shard_names(snapshot)
     headers = _headers(model, snapshot, names)
     shards = tuple(Shard(name=name, path=folder / name, header=headers[name]) for name in names)
@@ -213,6 +214,21 @@ def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
         raise SourceError(
             f"{path} says that the weights are quantised (quant_method {method!r}); a gain "
             "cannot be folded into them exactly. Convert the unquantised checkpoint, then quantise."
+        )
+
+
+def _refuse_other_weights(snapshot: Snapshot, config: dict[str, Any]) -> None:
+    """Transformers would load something else than the weights in the usual files."""
+    if (named := config.get("transformers_weights")) is not None:
+        raise SourceError(
+            f"{snapshot.folder / 'config.json'} says that the weights are in {named!r} "
+            f"(transformers_weights); rename that file to {SINGLE_FILE} and remove the key."
+        )
+    if "adapter_config.json" in snapshot.names:
+        raise SourceError(
+            f"{snapshot.place} has an adapter beside the weights (adapter_config.json), which "
+            "transformers applies where peft is installed; merge it (merge_and_unload), or take it "
+            "out of the folder."
         )
 
 

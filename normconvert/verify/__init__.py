@@ -6,6 +6,7 @@ from normconvert.verify.certificate import (
     certify_form,
     certify_tensors,
     refused,
+    stored_model,
     stored_options,
     together,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "compare",
     "place",
     "refused",
+    "stored_model",
     "stored_options",
     "together",
 ]

@@ -26,8 +26,9 @@ from normconvert.ir.expression import Scale, Tensor
 from normconvert.ir.native import MODELING_FILE
 from normconvert.ir.plan import Plan
 from normconvert.ir.report import Certificate, Problem
-from normconvert.processes import ALONE, Processes, divide
+from normconvert.processes import ALONE, Processes, Seen, divide, require_same, seen
 from normconvert.source.checkpoint import INDEX_FILE, read_json
+from normconvert.source.files import walk
 from normconvert.verify.recompute import Recomputer, boxes
 from normconvert.verify.rounded import products_are_rounded, wrongly_rounded
 from normconvert.verify.stored import Stored
@@ -83,7 +84,8 @@ def certify(
     `plan` is one that was made anew; the one stored with `converted` has to be the same. The
     shards are divided among the `processes`, of which this is the first.
     """
-    job = partial(_certify_part, plan, original, converted)
+    files = seen(shard.path for each in (original, converted) for shard in each.shards)
+    job = partial(_certify_part, plan, original, converted, files)
     return together(certify_form(plan, original, converted), *processes.share(job, listen))
 
 
@@ -91,10 +93,12 @@ def _certify_part(
     plan: Plan,
     original: Checkpoint,
     converted: Checkpoint,
+    files: Seen,
     rank: int,
     count: int,
     listen: Listener,
 ) -> Certificate:
+    require_same(files)
     shards = divide(converted.shards, count, _nbytes)[rank]
     return certify_tensors(plan, original, replace(converted, shards=shards), listen)
 
@@ -158,6 +162,13 @@ def stored_options(converted: Checkpoint) -> dict[str, Any] | None:
     if not isinstance(options, dict):
         raise SourceError(f"{MANIFEST} has none")
     return options
+
+
+def stored_model(converted: Checkpoint) -> str | None:
+    """The class of which the stored plan says that the original is; None if it does not say."""
+    plan = read_json(converted.folder / MANIFEST).get("plan")
+    model = plan.get("model") if isinstance(plan, dict) else None
+    return model if isinstance(model, str) else None
 
 
 def refused(place: str, what: str) -> Certificate:
@@ -225,12 +236,11 @@ def _other_files(checkpoint: Checkpoint) -> dict[str, Path]:
     if checkpoint.has_index:
         weights.add(INDEX_FILE)  # opening the checkpoint has held it against the headers
     found = {}
-    for root, folders, names in os.walk(checkpoint.folder, followlinks=True):
-        folders[:] = [name for name in folders if name not in (".git", ".cache")]
+    for root, names in walk(checkpoint.folder):
         for name in names:
-            relative = Path(root, name).relative_to(checkpoint.folder).as_posix()
+            relative = (root / name).relative_to(checkpoint.folder).as_posix()
             if relative not in weights and relative not in _DOCUMENTATION:
-                found[relative] = Path(root, name)
+                found[relative] = root / name
     return {name: path for name, path in found.items() if path.is_file()}
 
 

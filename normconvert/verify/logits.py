@@ -38,7 +38,7 @@ from normconvert.verify.placement import (
     shapes,
     weights,
 )
-from normconvert.verify.tokens import input_sets, unlike_tokenizers
+from normconvert.verify.tokens import input_sets, lacking_tokenizer, unlike_tokenizers
 from normconvert.verify.towers import tower_outputs
 
 if TYPE_CHECKING:
@@ -77,9 +77,10 @@ def compare(
     their outputs differ by at most four times what that does. A model of few outputs may hardly
     move in three: before two are called different that are not far apart, it is twelve times.
     Where tensors have another shape (on d - 1 coordinates the last is minus the sum of the others,
-    with the rounding of all of them), it is the converted model that is perturbed. Where what is
-    computed is rounded no finer than the weights, rounding weights may do less than computing in
-    another order does: then the later nine runs are with all tensors perturbed.
+    with the rounding of all of them), it is the converted model that is perturbed. Computing in
+    another order rounds as well, which shows where no tensor differs, and where what is computed
+    is rounded no finer than the weights: there all tensors are perturbed within the rounding of
+    what is computed, in all runs or in the nine later ones.
 
     A model that does not fit into memory is run with its weights on disk, unless `placement` says
     where they are to be.
@@ -89,7 +90,6 @@ def compare(
         TraceError: what they read is not known.
     """
     compute, placement = choose(original, dtype, placement)
-    stored = main_dtype(original)
     with _Runner(compute, placement, returns, trust_remote_code, listen) as run:
         model = run.load(original)
         sets, notes = input_sets(model, original, text, trust_remote_code, other=converted)
@@ -119,15 +119,17 @@ def compare(
             unlike = unlike_tokenizers(original, converted, text, trust_remote_code)
         floors: list[dict[str, tuple[float, float]]] = []
         layer_floors = []
-        for seed in range(_MOST_FLOOR_RUNS if differing else 0):
-            times = times_floor(output_distances(reference, candidate), floors)
-            if seed >= _FLOOR_RUNS and not TIMES_FLOOR < times < _FAR:
+        apart = output_distances(reference, candidate)
+        coarse = torch.finfo(compute).eps >= torch.finfo(main_dtype(original)).eps
+        for seed in range(_MOST_FLOOR_RUNS if differing or times_floor(apart, []) else 0):
+            if seed >= _FLOOR_RUNS and not TIMES_FLOOR < times_floor(apart, floors) < _FAR:
                 break
             model = run.load(converted if resized else original)
-            moving = _differing(after, before) if resized else differing
-            if seed >= _FLOOR_RUNS and torch.finfo(compute).eps >= torch.finfo(stored).eps:
-                moving = tuple(shapes(model))
-            replace_weights(model, moving, partial(_noisy, original, converted, became, seed))
+            if not differing or (coarse and seed >= _FLOOR_RUNS):
+                replace_weights(model, tuple(shapes(model)), partial(_noisy_in, compute, seed))
+            else:
+                moving = _differing(after, before) if resized else differing
+                replace_weights(model, moving, partial(_noisy, original, converted, became, seed))
             moved, moved_states = run.outputs(model, sets, steps)
             floors.append(output_distances(candidate if resized else reference, moved))
             base = states if resized else reference_states
@@ -149,12 +151,13 @@ def compare(
     )
     if certificate is None:
         notes += _differences(original, converted, differing, unlike)
+        notes += lacking_tokenizer(original, converted, trust_remote_code)
     equivalent = (
         not unlike
         and all(each.equivalent for each in comparisons)
         and all(each is None or each.valid for each in (certificate, algebra))
     )
-    apart = (layer.module for layer in layers if layer.rms > TIMES_FLOOR * layer.floor)
+    parting = (layer.module for layer in layers if layer.rms > TIMES_FLOOR * layer.floor)
     return Equivalence(
         original=original.model,
         converted=converted.model,
@@ -166,7 +169,7 @@ def compare(
         algebra=algebra,
         generation=side_by_side(original, prompt, written, trust_remote_code),
         layers=layers,
-        parts_at=None if equivalent else next(apart, None),
+        parts_at=None if equivalent else next(parting, None),
         notes=notes,
     )
 
@@ -309,11 +312,23 @@ def _noisy(
         return tensor
     stored = (_stored(checkpoint, name) for checkpoint in (original, converted))
     coarsest = max((*stored, tensor.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    return _noisy_in(coarsest, seed, name, tensor, became.get(name))
+
+
+def _noisy_in(
+    dtype: torch.dtype,
+    seed: int,
+    name: str,
+    tensor: torch.Tensor,
+    became: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The tensor `name` of a model, perturbed within the rounding of `dtype`."""
+    if not tensor.is_floating_point():
+        return tensor
     # The same whenever it is read, and of its own for every tensor.
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    noisy = perturbed(tensor.cpu(), coarsest, generator, became.get(name))
-    return noisy.to(tensor.device)
+    return perturbed(tensor.cpu(), dtype, generator, became).to(tensor.device)
 
 
 def _stored(checkpoint: Checkpoint, name: str) -> torch.dtype:

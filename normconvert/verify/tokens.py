@@ -182,6 +182,16 @@ def unlike_tokenizers(
     return tuple(a.name for a, b in places if _content(a) != _content(b))
 
 
+def lacking_tokenizer(
+    one: Checkpoint, other: Checkpoint, trust_remote_code: bool
+) -> tuple[str, ...]:
+    """A note on which of two checkpoints has no tokenizer that loads, if the other one has."""
+    lacking = [each for each in (one, other) if _tokenizer(each, trust_remote_code) is None]
+    if len(lacking) != 1:
+        return ()
+    return (f"{lacking[0].model} has no tokenizer that loads; the other one has.",)
+
+
 def _content(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
