@@ -265,6 +265,11 @@ def only_pickles(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
 
 
+def other_weights(folder: Path) -> None:
+    shutil.copyfile(folder / SINGLE, folder / "other.safetensors")
+    config(transformers_weights="other.safetensors")(folder)
+
+
 BAD_FOLDERS: dict[str, Case] = {
     "ten million layers": (
         config(num_hidden_layers=10**7),
@@ -318,6 +323,14 @@ BAD_FOLDERS: dict[str, Case] = {
     "compressed-tensors": (
         config(compression_config={"quant_method": "compressed-tensors"}),
         (CONFIG, "quantised", "'compressed-tensors'"),
+    ),
+    "weights named by the config": (
+        other_weights,
+        (CONFIG, "'other.safetensors'", "transformers_weights", SINGLE),
+    ),
+    "an adapter beside the weights": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        ("adapter_config.json", "merge"),
     ),
     "quantised text model": (
         config(text_config={"quantization_config": {"quant_method": "gptq"}}),
@@ -439,6 +452,32 @@ def test_a_bad_tensor(case: str, single: Path) -> None:
     damage, words = BAD_TENSORS[case]
     damage(single)
     assert_refused(single, SINGLE if "quantised" in words else "", *words)
+
+
+@pytest.mark.parametrize("options", [{"rewrite": "rmsnorm"}, {"tied": "untie"}], ids=str)
+def test_mixed_dtypes_and_none_in_the_config(options: dict[str, Any], tmp_path: Path) -> None:
+    """Which of them transformers loads all in is decided by the first tensor."""
+    zoo.save("falcon_new", tmp_path / "falcon", dtype="bfloat16")
+
+    def widen(stored: dict[str, torch.Tensor]) -> None:
+        norms = [name for name in stored if "ln_" in name or name.startswith("transformer.h.0.")]
+        stored.update({name: stored[name].float() for name in norms})
+
+    tensors(widen)(tmp_path / "falcon")
+    config_file = tmp_path / "falcon" / CONFIG
+    document = json.loads(config_file.read_text())
+    del document["dtype"]
+    config_file.write_text(json.dumps(document))
+    with nothing_written(tmp_path), pytest.raises(normconvert.NormconvertError) as caught:
+        normconvert.convert(
+            tmp_path / "falcon", tmp_path / "output", **{"rewrite": "flashnorm", **options}
+        )
+    assert_sentence(str(caught.value), CONFIG, "BF16 and F32", '"dtype"')
+    config_file.write_text(json.dumps({**document, "dtype": "float32"}))
+    done = normconvert.convert(
+        tmp_path / "falcon", tmp_path / "output", **{"rewrite": "flashnorm", **options}
+    )
+    assert done.status == "converted"
 
 
 def test_float16_overflow(originals: Path, tmp_path: Path) -> None:

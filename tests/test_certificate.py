@@ -265,6 +265,7 @@ MANIFESTS = [
     "{}",
     '{"options": 3}',
     '{"options": {"rewrites": 5}}',
+    '{"options": {"rewrites": []}}',
     '{"options": {"rewrites": [["flashnorm"]]}}',
     '{"options": {"fraction": "half"}}',
     '{"options": {"returns": "logits"}}',

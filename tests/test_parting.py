@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import normconvert
 import zoo
@@ -206,6 +213,21 @@ def test_a_token_that_is_hardly_ever_read(tmp_path: Path) -> None:
     apart = {each.tokens: each.equivalent for each in report.comparisons}
     assert apart["differing tokens"] is False
     assert normconvert.verify_equivalence(other, other).equivalent
+
+
+def test_what_no_input_reaches(tmp_path: Path) -> None:
+    """The last positions of a table, on shorter texts: then nothing is shown, and it says so."""
+    config = GPT2Config(vocab_size=96, n_positions=300, n_embd=54, n_layer=1, n_head=9)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "one")
+    other = Path(shutil.copytree(tmp_path / "one", tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["transformer.wpe.weight"][200:] *= -1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    report = normconvert.verify_equivalence(tmp_path / "one", other)
+    assert not report.equivalent
+    assert all(each.max == 0 for each in report.comparisons)
+    assert report.notes[-1] == "Of their weights these differ: transformer.wpe.weight."
+    assert why(report).startswith("the differing tensor moved no bit of the logits")
 
 
 def test_configurations_that_matter_elsewhere(tmp_path: Path) -> None:

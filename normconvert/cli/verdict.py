@@ -53,11 +53,13 @@ def why(report: Equivalence) -> str:
     if report.algebra is not None and not report.algebra.valid:
         return "a rewritten norm and what reads it compute something else before rounding."
     times = max(_times_floor(comparison) for comparison in report.comparisons)
+    several = report.differing_tensors > 1
+    tensors = f"{report.differing_tensors} differing tensors" if several else "differing tensor"
     if not report.equivalent and all(each.equivalent for each in report.comparisons):
+        if report.differing_tensors and not times:
+            return f"the {tensors} moved no bit of the logits, so nothing is known of what they do."
         return "the logits are equivalent, but the tokenizers read text in different ways."
     if report.differing_tensors:
-        several = report.differing_tensors > 1
-        tensors = f"{report.differing_tensors} differing tensors" if several else "differing tensor"
         floor = f"rounding the {tensors} does to the original"
     elif times:
         floor = "computing in another order does, for no tensor differs"

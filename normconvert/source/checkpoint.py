@@ -219,7 +219,8 @@ def _refuse_quantised(path: Path, config: dict[str, Any]) -> None:
 
 def _refuse_other_weights(snapshot: Snapshot, config: dict[str, Any]) -> None:
     """Transformers would load something else than the weights in the usual files."""
-    if (named := config.get("transformers_weights")) is not None:
+    named = config.get("transformers_weights")  # in the native format no file has that name
+    if named in snapshot.names and named not in (SINGLE_FILE, INDEX_FILE):
         raise SourceError(
             f"{snapshot.folder / 'config.json'} says that the weights are in {named!r} "
             f"(transformers_weights); rename that file to {SINGLE_FILE} and remove the key."

@@ -82,6 +82,9 @@ def compare(
     is rounded no finer than the weights: there all tensors are perturbed within the rounding of
     what is computed, in all runs or in the nine later ones.
 
+    Tensors that differ and that no input reaches are no proof of anything: without a certificate
+    two models are not equivalent if they differ in tensors, and their outputs in no bit.
+
     A model that does not fit into memory is run with its weights on disk, unless `placement` says
     where they are to be.
 
@@ -152,8 +155,11 @@ def compare(
     if certificate is None:
         notes += _differences(original, converted, differing, unlike)
         notes += lacking_tokenizer(original, converted, trust_remote_code)
+    # Tensors that differ and do not move one bit of what is compared have not been reached.
+    reached = certificate is not None or not differing or any(each.max for each in comparisons)
     equivalent = (
-        not unlike
+        reached
+        and not unlike
         and all(each.equivalent for each in comparisons)
         and all(each is None or each.valid for each in (certificate, algebra))
     )

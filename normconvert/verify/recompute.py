@@ -195,7 +195,8 @@ def _negative(a: Enclosure) -> Enclosure:
 
 
 def _times(a: Enclosure, b: Enclosure) -> Enclosure:
-    value = a.value * b.value
+    with np.errstate(invalid="ignore"):  # infinity times 0, of which no stored number is right
+        value = a.value * b.value
     exact = a.bits + b.bits <= 53
     if exact and isinstance(a.slack, float) and isinstance(b.slack, float):
         return Enclosure(value, 0.0, a.bits + b.bits)
