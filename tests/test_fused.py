@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import BuiltinFunctionType
 from typing import Any
 
 import pytest
@@ -69,7 +72,9 @@ class Counting:
         return count
 
 
-def counted(norm: nn.Module, x: torch.Tensor, patch: pytest.MonkeyPatch) -> tuple[Any, int]:
+def counted(
+    norm: Callable[[Any], Any], x: torch.Tensor, patch: pytest.MonkeyPatch
+) -> tuple[Any, int]:
     """What the norm gives, and how often that came from the kernel."""
     counting = Counting()
     with patch.context() as context:
@@ -129,6 +134,71 @@ def test_a_gain_in_another_dtype() -> None:
     x = torch.randn(3, 64).bfloat16()
     error = (norm(x).double() - _exact(norm, x)).abs()
     assert (error <= 2**-8 * _exact(norm, x).abs() + 1e-6).all()
+
+
+@torch.no_grad()
+def test_a_late_norm_is_two_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first call divides, the second expands, and gives gain and bias to the result."""
+    norm = modeling._LateCRMSNorm(768, EPS, gain=True, bias=True, expand=True).to(dtype)
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    x = torch.randn(3, 5, 767).to(dtype)
+    first, taken = counted(norm, x, monkeypatch)
+    assert taken == 1
+    assert torch.equal(first, CRMSNorm(768, EPS)(x))
+    late, taken = counted(partial(norm, late=True), first, monkeypatch)
+    assert taken == 1
+    full = torch.cat((first.double(), -first.double().sum(-1, keepdim=True)), -1)
+    exact = full * norm.weight.double() + norm.bias.double()  # type: ignore[union-attr]
+    bound = ROUNDING[dtype] * exact.abs() + 1e-6 * exact.abs().max()
+    assert ((late.double() - exact).abs() <= bound).all()
+    assert torch.equal(late, torch.stack([norm(one, late=True) for one in first]))
+
+
+@torch.no_grad()
+def test_gains_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a parameter can be, other than numbers that lie side by side."""
+    norm, x, numbers = RMSNorm(8, EPS), torch.randn(3, 8), torch.rand(8) + 0.5
+    inverse = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+
+    def set_(gain: torch.Tensor) -> None:
+        norm.weight = nn.Parameter(gain)
+
+    set_(numbers)
+    assert counted(norm, x, monkeypatch)[1] == 1
+    negative, gaps = torch._neg_view(numbers), torch.stack((numbers, numbers), -1)[:, 0]
+    for gain in (negative, gaps):
+        set_(gain)
+        found, taken = counted(norm, x, monkeypatch)
+        assert taken == 0
+        assert torch.allclose(found, x * inverse * gain)
+    set_(numbers)
+    norm.weight.data = numbers[:5]  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="must match the size"):
+        norm(x)
+
+    def made_within(gain: torch.Tensor) -> torch.Tensor:
+        set_(gain)
+        found: torch.Tensor = norm(x)
+        return found
+
+    both = torch.func.vmap(made_within)(torch.stack((numbers, -numbers)))
+    assert torch.allclose(both[1], x * inverse * -numbers)
+
+
+def test_it_is_called_without_ctypes() -> None:
+    """Its call takes a fraction of the norm of a row; and it refuses what it does not know."""
+    for name in ("norm", "norm_back"):
+        assert isinstance(getattr(KERNEL, name), BuiltinFunctionType)
+    norm, x = RMSNorm(8, EPS, gain=False), torch.randn(3, 8)
+    y = torch.zeros_like(x)
+    places = (x.data_ptr(), 0, 0, y.data_ptr(), x.numel())
+    kernel: Any = KERNEL
+    for n, *dtypes in ((7, 0, 0, 0), (8, -1, 0, 0), (8, 0, -1, 0), (8, 0, 0, -1)):
+        assert kernel.norm(norm._shape, n, *dtypes, 1, *places) is False
+    assert not y.any()
+    assert kernel.norm(norm._shape, 8, 0, 0, 0, 1, *places) is True
+    assert torch.equal(y, norm(x))
 
 
 def test_it_keeps_out_where_it_would_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,11 +99,11 @@ class _Norm(nn.Module):
             self.bias = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         self.reset_parameters()
 
-    def _set_shape(self, *, used: int, lacks: bool = False, adds: bool = False) -> None:
+    def _set_shape(self, *, used: int, lacks: int = 0, adds: int = 0, divided: int = 0) -> None:
         """What the kernel computes: see its `struct shape`."""
-        self._adds = adds
-        size = self.size if lacks else used
-        self._shape = (self.size - lacks, used, size, lacks, adds)
+        n, d = self.size - lacks, self.size if lacks else used
+        self._adds, self._wide = adds, n + adds
+        self._shape = struct.pack("6q2d", n, used, d, lacks, adds, divided, self.eps, self.offset)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """The kernel was told these numbers, as numbers."""
@@ -126,33 +126,30 @@ class _Norm(nn.Module):
             own = self._parameters
             weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
             bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-            *rows, n = x.shape
-            form = _form(
-                self._shape,
-                n,
-                1 if x.numel() < ONE_THREAD else torch.get_num_threads(),
-                x.dtype,
-                None if weight is None else weight.dtype,
-                None if bias is None else bias.dtype,
-                self.eps,
-                self.offset,
-            )
-            wide = n + self._adds
-            if (
-                form is not None
-                and (weight is None or _takes(weight, wide))
-                and (bias is None or _takes(bias, wide))
-            ):
-                given = (x, weight, bias)
-                if not is_grad_enabled() or not any(
-                    t.requires_grad for t in given if t is not None
-                ):
-                    # On one row `(*rows, wide)`, as one argument, would take a tenth.
-                    y = x.new_empty(*rows, wide) if self._adds else torch.empty_like(x)
-                    if _norm_by(kernel, form, x, y, weight, bias):
+            wide = self._wide
+            if (weight is None or _takes(weight, wide)) and (bias is None or _takes(bias, wide)):
+                gradient = is_grad_enabled() and any(
+                    each.requires_grad for each in (x, weight, bias) if each is not None
+                )
+                gain_dtype = 0 if weight is None else NARROW.get(weight.dtype, -1)
+                bias_dtype = 0 if bias is None else NARROW.get(bias.dtype, -1)
+                shape, numbers, dtype = x.shape, x.numel(), NARROW.get(x.dtype, -1)
+                threads = 1 if numbers < ONE_THREAD else torch.get_num_threads()
+                if not self._adds:
+                    y = torch.empty_like(x)
+                elif len(shape) == 3:  # as in a model; to unpack them takes a twentieth more
+                    y = x.new_empty(shape[0], shape[1], wide)
+                else:
+                    y = x.new_empty(*shape[:-1], wide)
+                if not (gradient and transforms()) and kernel.norm(
+                    self._shape, shape[-1], dtype, gain_dtype, bias_dtype, threads, x.data_ptr(),
+                    0 if weight is None else weight.data_ptr(),
+                    0 if bias is None else bias.data_ptr(), y.data_ptr(), numbers,
+                ):  # fmt: skip
+                    if not gradient:
                         return y
-                elif not transforms():
-                    return _Differentiable.apply(self, form, *given)  # type: ignore[no-any-return,no-untyped-call]
+                    form = (self._shape, shape[-1], dtype, gain_dtype, bias_dtype, threads)
+                    return _differentiable((self, form, y), x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
         return self._operations(x, self.weight, self.bias)
 
     def _operations(self, x: torch.Tensor, weight: Factor, bias: Factor) -> torch.Tensor:
@@ -478,17 +475,19 @@ struct form {
     int64_t n, used;      /* the coordinates of x, and of how many of them the sums are */
     int64_t size;         /* by which the sum of squares is divided: d */
     int64_t lacks, adds;  /* whether x lacks the last of d; whether y has it again */
+    int64_t divided;      /* whether x was divided by its RMS before */
+    double eps, offset;
   } shape;
   int64_t dtype, gain_dtype, bias_dtype, threads;
-  double eps, offset;
 };
 
-/* 1 / RMS of a row, and the sum of its numbers. */
+/* 1 / RMS of a row, or 1 if it was divided by it, and the sum of its numbers. */
 static float inverse_rms(const struct form *form, const float *x, float *sum) {
   float squares;
   sums(x, form->shape.used, sum, &squares);
   if (form->shape.lacks) squares += *sum * *sum;
-  return 1 / sqrtf(squares / form->shape.size + (float)form->eps);
+  if (form->shape.divided) return 1;
+  return 1 / sqrtf(squares / form->shape.size + (float)form->shape.eps);
 }
 
 /* One row; `out` is where its numbers are made in float32, and may be `in`. */
@@ -496,12 +495,17 @@ static void row(const struct form *form, const float *in, float *out, const floa
                 const float *bias) {
   const int64_t n = form->shape.n;
   float sum;
-  const float inverse = inverse_rms(form, in, &sum);
-  if (gain)
-    for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse * gain[i] + bias[i];
+  const float inverse = inverse_rms(form, in, &sum), offset = form->shape.offset;
+  if (gain && bias)
+    for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse * (offset + gain[i]) + bias[i];
+  else if (gain)
+    for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse * (offset + gain[i]);
+  else if (bias)
+    for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse + bias[i];
   else
     for (int64_t i = 0; i < n; i++) out[i] = in[i] * inverse;
-  if (form->shape.adds) out[n] = -sum * inverse * (gain ? gain[n] : 1) + (gain ? bias[n] : 0);
+  if (form->shape.adds)
+    out[n] = -sum * inverse * (gain ? offset + gain[n] : 1) + (bias ? bias[n] : 0);
 }
 
 /* From one row to another; `buffer` has room for a row in float32. */
@@ -522,35 +526,30 @@ static void rows(const struct form *form, const char *x, char *y, const float *g
   }
 }
 
-/* A gain or a bias in float32, `n` of it; where there is none, `n` times `otherwise`. */
-static float *factor(const void *from, int64_t dtype, int64_t n, float otherwise, float offset,
-                     float *to) {
-  if (from) widen(from, dtype, n, to);
-  for (int64_t i = 0; i < n; i++) to[i] = from ? to[i] + offset : otherwise;
+/* A gain or a bias in float32, `n` of it: as it lies there, or in `to`. */
+static const float *factor(const void *from, int64_t dtype, int64_t n, float *to) {
+  if (!from || dtype == FLOAT32) return from;
+  widen(from, dtype, n, to);
   return to;
 }
 
 /* y = x / sqrt(sum of squares / size + eps) * (offset + gain) + bias, row by row, of `numbers` in
    x. A coordinate that x lacks is minus the sum of the others. Returns whether it was computed. */
-int norm(const struct form *form, const void *x, void *y, const void *gain, const void *bias,
-         int64_t numbers) {
+static int norm_rows(const struct form *form, void *const *places, int64_t numbers) {
+  void *x = places[0], *gain = places[1], *bias = places[2], *y = places[3];
   const int64_t n = form->shape.n, wide = n + form->shape.adds, threads = form->threads;
   const int64_t count = numbers / n, buffers = form->dtype == FLOAT32 ? 0 : threads;
-  const int64_t kept = (gain || bias ? 2 : 0) + buffers;
-  float *memory = kept ? malloc(kept * wide * sizeof *memory) : 0, *room = memory;
+  const int64_t kept = buffers + (form->gain_dtype || form->bias_dtype ? 2 : 0);
+  float *memory = kept ? malloc(kept * wide * sizeof *memory) : 0;
   if (kept && !memory) return 0;
-  const float *gains = 0, *biases = 0;
-  if (gain || bias) {
-    gains = factor(gain, form->gain_dtype, wide, 1, form->offset, room);
-    biases = factor(bias, form->bias_dtype, wide, 0, 0, room + wide);
-    room += 2 * wide;
-  }
+  const float *gains = factor(gain, form->gain_dtype, wide, memory + buffers * wide);
+  const float *biases = factor(bias, form->bias_dtype, wide, memory + (buffers + 1) * wide);
   if (threads == 1) {
-    rows(form, x, y, gains, biases, room, 0, count);
+    rows(form, x, y, gains, biases, memory, 0, count);
   } else {
 #pragma omp parallel for num_threads(threads)
     for (int64_t part = 0; part < threads; part++)
-      rows(form, x, y, gains, biases, buffers ? room + part * wide : 0, count * part / threads,
+      rows(form, x, y, gains, biases, buffers ? memory + part * wide : 0, count * part / threads,
            count * (part + 1) / threads);
   }
   free(memory);
@@ -577,7 +576,7 @@ static void row_back(const struct form *form, const float *restrict x, const flo
   for (int lane = 0; i < n; i++, lane++) dots[lane] += (g[i] * gain[i] - last) * x[i];
   for (int half = LANES / 2; half; half /= 2)
     for (int lane = 0; lane < half; lane++) dots[lane] += dots[lane + half];
-  const float slope = dots[0] * inverse / shape->size * inverse * inverse;
+  const float slope = shape->divided ? 0 : dots[0] * inverse / shape->size * inverse * inverse;
   const float shift = shape->lacks ? sum : 0;
   if (dfactors) {
     for (i = 0; i < n; i++) dfactors[i] += g[i] * (x[i] * inverse);
@@ -620,15 +619,17 @@ static void rows_back(const struct form *form, const char *x, const char *g, con
 
 /* The derivatives of `norm`, by x, and by gain and bias unless their places are 0. The same number
    of threads gives the same bits. Returns whether they were computed. */
-int norm_back(const struct form *form, const void *x, const void *g, const void *gain, void *dx,
-              void *dgain, void *dbias, int64_t numbers) {
+static int norm_back_rows(const struct form *form, void *const *places, int64_t numbers) {
+  const void *x = places[0], *g = places[1], *gain = places[2];
+  void *dx = places[3], *dgain = places[4], *dbias = places[5];
   const int64_t n = form->shape.n, wide = n + form->shape.adds, threads = form->threads;
   const int64_t count = numbers / n;
   double *totals = malloc(wide * (threads * (2 * sizeof *totals + 5 * sizeof(float)) +
                                   sizeof(float)));
   if (!totals) return 0;
   float *room = (float *)(totals + threads * 2 * wide), *gains = room + threads * 5 * wide;
-  factor(gain, form->gain_dtype, wide, 1, form->offset, gains);
+  if (gain) widen(gain, form->gain_dtype, wide, gains);
+  for (int64_t i = 0; i < wide; i++) gains[i] = gain ? form->shape.offset + gains[i] : 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; part++)
     rows_back(form, x, g, gains, dx, dgain || dbias ? totals + part * 2 * wide : 0,
@@ -643,6 +644,36 @@ int norm_back(const struct form *form, const void *x, const void *g, const void 
   free(totals);
   return 1;
 }
+
+/* Both as functions of Python, of what is in a form, of addresses, and of the number of numbers:
+   calling them by ctypes would take longer than the norm of a row. These are parts of Python's
+   stable ABI, so one library is for every version, and no header is needed. */
+extern long long PyLong_AsLongLong(void *);
+extern char *PyBytes_AsString(void *);
+extern void *PyBool_FromLong(long), *PyEval_SaveThread(void), PyEval_RestoreThread(void *);
+
+static void *call(int (*function)(const struct form *, void *const *, int64_t),
+                  void *const *given, int64_t count) {
+  int64_t numbers[13];
+  for (int64_t i = 1; i < count; i++) numbers[i] = PyLong_AsLongLong(given[i]);
+  const struct form form = {*(const struct shape *)PyBytes_AsString(given[0]), numbers[2],
+                            numbers[3], numbers[4], numbers[5]};
+  const int64_t n = form.shape.n, known = form.dtype | form.gain_dtype | form.bias_dtype;
+  if (known < 0 || n == 0 || n != numbers[1]) return PyBool_FromLong(0);
+  void *thread = PyEval_SaveThread();
+  const int done = function(&form, (void *const *)(numbers + 6), numbers[count - 1]);
+  PyEval_RestoreThread(thread);
+  return PyBool_FromLong(done);
+}
+
+struct method { const char *name; void *(*call)(void *, void *const *, int64_t);
+                int fastcall; const char *text; };
+#define METHOD(name) \
+  static void *call_##name(void *self, void *const *given, int64_t count) { \
+    return call(name##_rows, given, count); \
+  } \
+  struct method name = {#name, call_##name, 0x80, 0};
+METHOD(norm) METHOD(norm_back)
 """
 NARROW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernel numbers them
 _DIGEST = hashlib.sha256().digest_size
@@ -678,102 +709,68 @@ def readable(x: torch.Tensor) -> bool:
 
 def _takes(factor: torch.Tensor, size: int) -> bool:
     """Whether the kernel may read a gain or a bias of this size, if it may read x."""
-    plain = not _keys_of(factor).raw_repr() & _NOT_PLAIN
-    return plain and factor.numel() == size and factor.is_contiguous()
-
-
-def _norm_by(
-    kernel: ctypes.CDLL, form: bytes, x: torch.Tensor, y: torch.Tensor, weight: Factor, bias: Factor
-) -> int:
-    """Let the kernel put the norm of x into y, [..., n] → [..., n or n + 1]. Whether it did."""
-    done: int = kernel.norm(
-        form,
-        x.data_ptr(),
-        y.data_ptr(),
-        None if weight is None else weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        x.numel(),
-    )
-    return done
+    # What keys would say of a parameter takes a third of the time to ask like this.
+    usual = type(factor) is nn.Parameter and factor.is_cpu and not transforms()
+    hidden = factor.is_neg() if usual else _keys_of(factor).raw_repr() & _NOT_PLAIN
+    return not hidden and factor.numel() == size and factor.is_contiguous()
 
 
 class _Differentiable(torch.autograd.Function):
     """A norm by the kernel whose derivatives are the kernel's; theirs are of operations."""
 
     @staticmethod
-    def forward(
-        ctx: Any, norm: _Norm, form: bytes, x: torch.Tensor, weight: Factor, bias: Factor
-    ) -> torch.Tensor:
-        ctx.norm, ctx.form, ctx.looks = norm, form, [*map(_look, (x, weight, bias))]
-        ctx.save_for_backward(x, weight, bias)
-        y = x.new_empty(*x.shape[:-1], x.shape[-1] + norm._adds)
-        done = _norm_by(cast("ctypes.CDLL", _kernel()), form, x, y, weight, bias)
-        return y if done else norm._operations(x, weight, bias)
+    def forward(ctx: Any, told: tuple[Any, ...], *given: Factor) -> torch.Tensor:
+        """The norm of x, which is told: as an argument by itself it would make y a view of it."""
+        ctx.norm, ctx.form, y = told
+        ctx.save_for_backward(*given)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
         """By operations if it is to be differentiated, or where the kernel must keep out."""
-        again, saved, (_, _, *wanted) = is_grad_enabled(), ctx.saved_tensors, ctx.needs_input_grad
-        if not again and (found := _derivatives(ctx, g.contiguous(), saved, wanted)) is not None:
-            return None, None, *found
+        again, (_, *wanted) = is_grad_enabled(), ctx.needs_input_grad
+        if not again and (found := _derivatives(ctx, g.contiguous(), wanted)) is not None:
+            return None, *found
         with torch.enable_grad():
             # Views: a derivative by x itself would go on to what x was made of.
-            seen = [None if each is None else each.view_as(each) for each in saved]
+            seen = [None if each is None else each.view_as(each) for each in ctx.saved_tensors]
             y = ctx.norm._operations(*seen)
         sources = [each for each, want in zip(seen, wanted, strict=True) if want]
         rest = iter(torch.autograd.grad(y, sources, g, create_graph=again))  # type: ignore[arg-type]
-        return None, None, *(next(rest) if want else None for want in wanted)
+        return None, *(next(rest) if want else None for want in wanted)
 
 
-def _look(each: Factor) -> object:
-    return None if each is None else (each.shape, each.dtype)
+# Without what `apply` does for transformations, which are none here, and which takes 7 µs.
+_differentiable = super(torch.autograd.Function, _Differentiable).apply
 
 
-def _derivatives(
-    ctx: Any, g: torch.Tensor, saved: Sequence[Factor], wanted: Sequence[bool]
-) -> list[Factor] | None:
+def _derivatives(ctx: Any, g: torch.Tensor, wanted: Sequence[bool]) -> list[Factor] | None:
     """Of x, weight and bias; None if the kernel must keep out: hooks may save something else."""
-    given = [each for each in (g, *saved) if each is not None]
-    if is_compiling() or not all(map(readable, given)) or ctx.looks != [*map(_look, saved)]:
+    if is_compiling() or not readable(g):
         return None
-    x, weight, _ = saved
+    saved, (_, n, *dtypes, _), wide = ctx.saved_tensors, ctx.form, ctx.norm._wide
+    numbers = g.numel() // wide * n
+    for each, size, dtype in zip(saved, (numbers, wide, wide), dtypes, strict=True):
+        if each is not None and not (_takes(each, size) and NARROW.get(each.dtype) == dtype):
+            return None
     found = [
-        torch.empty_like(each) if each is not None and (want or each is x) else None
+        torch.empty_like(each) if each is not None and (want or each is saved[0]) else None
         for each, want in zip(saved, wanted, strict=True)
     ]
-    places = [None if each is None else each.data_ptr() for each in (x, g, weight, *found)]
+    places = [0 if each is None else each.data_ptr() for each in (saved[0], g, saved[1], *found)]
     kernel: Any = _kernel()
-    return found if kernel.norm_back(ctx.form, *places, given[1].numel()) else None
-
-
-@cache
-def _form(
-    shape: tuple[int, ...],
-    n: int,
-    threads: int,
-    dtype: torch.dtype,
-    gain: torch.dtype | None,
-    bias: torch.dtype | None,
-    eps: float,
-    offset: float,
-) -> bytes | None:
-    """The kernel's `struct form` for x [..., n] and factors in these dtypes; None if it has none.
-
-    One argument instead of many: on one row each takes time.
-    """
-    if n != shape[0] or n == 0 or not {dtype, gain, bias} <= {None, *NARROW}:
-        return None
-    dtypes = (0 if each is None else NARROW[each] for each in (dtype, gain, bias))
-    return struct.pack("9q2d", *shape, *dtypes, threads, eps, offset)
+    return found if kernel.norm_back(*ctx.form, *places, numbers) else None
 
 
 @cache
 def _kernel() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be had."""
     if (found := library(NUMBERS + _KERNEL)) is not None:
-        form, place, number = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
-        found.norm.argtypes = [form, *[place] * 4, number]
-        found.norm_back.argtypes = [form, *[place] * 6, number]
+        prototype = ctypes.PYFUNCTYPE(ctypes.py_object, *[ctypes.c_void_p] * 3)
+        function = prototype(("PyCFunction_NewEx", ctypes.pythonapi))
+        for name in ("norm", "norm_back"):
+            method = ctypes.addressof(ctypes.c_char.in_dll(found, name))
+            setattr(found, name, function(method, None, None))
     return found
 
 
@@ -1013,19 +1010,23 @@ def change_modules(model: nn.Module, changes: dict[str, Any]) -> None:
         _alter(model.get_submodule(each["module"]), each["at"], change)
 
 
-class _LateCRMSNorm(CRMSNorm):
+class _LateCRMSNorm(_Norm):
     """A CRMSNorm whose output is expanded, and gets gain and bias, by a `late` second call.
 
     In a call accelerate lends it weights that are elsewhere: [..., d - 1], late → [..., d].
     """
 
+    def __init__(self, size: int, eps: float, *, expand: bool, **options: Any) -> None:
+        super().__init__(size, eps, **options)
+        self._set_shape(used=size - 1, lacks=True, adds=expand, divided=True)
+        self.first = CRMSNorm(size, eps)
+
     def forward(self, x: torch.Tensor, late: bool = False) -> torch.Tensor:
-        wide = _wide(x)
-        if not late:
-            return _scale_rows(x, wide, self._inverse(wide))
-        full = expand(wide)
-        one = torch.ones_like(full[..., :1])
-        return self._scaled(full, full, one, self.weight, self.bias).to(x.dtype)
+        return _Norm.forward(self, x) if late else self.first.forward(x)
+
+    def _operations(self, x: torch.Tensor, weight: Factor, bias: Factor) -> torch.Tensor:
+        full = expand(_wide(x))
+        return self._scaled(full, full, torch.ones_like(full[..., :1]), weight, bias).to(x.dtype)
 
 
 def _norm(
