@@ -74,3 +74,15 @@ def test_the_shipped_recipes(path: Path, tmp_path: Path) -> None:
     assert result.status == 0, result.err
     assert "of 9" in result.out
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_rotated_next_may_have_any_norms(tmp_path: Path) -> None:
+    """RMSNorms are folded; LayerNorms are centered as well, and what is left of them is told."""
+    for model, said in (
+        ("tiny-llama", "Folded 9 of 9 norms: "),
+        ("tiny-gpt2", "\ntransformer.ln_f is left with a bias "),
+    ):
+        recipe = str(CONFIGS / "rotation-ready.yaml")
+        result = run("run", recipe, "--model", str(MODELS / model), "--dry-run", cwd=tmp_path)
+        assert result.status == 0, result.err
+        assert said in result.out

@@ -167,6 +167,9 @@ def show_conversion(report: Conversion) -> None:
     kept = [v for v in plan.kept("rmsnorm") if v.kind == "layernorm"]
     for group in _grouped((*kept, *plan.kept("prmsnorm"))):
         console.print(f"[yellow]{group.norm}[/] stays: {group.reason}.", soft_wrap=True)
+    for group in _grouped([v for v in plan.folded if "bias / gain stays" in v.reason]):
+        left = "is left with a bias (its own / its gain): what reads it has none to add it to"
+        console.print(f"[yellow]{group.norm}[/] {left}.", soft_wrap=True)
     what = "stays" if plan.rules == ("flashnorm",) else "keeps its gain"
     unfolded = [v for v in plan.kept("flashnorm") if v.gain is not None or what == "stays"]
     for group in _grouped(unfolded):
@@ -200,6 +203,8 @@ def _done(plan: Plan) -> str:
             asked = [v for v in plan.verdicts if v.rule == rule]
             if rule in ("rmsnorm", "crmsnorm"):
                 asked = [v for v in asked if v.kind == "layernorm"]
+            if not asked and len(plan.rules) > 1:
+                continue
             name = {"rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm"}.get(rule)
             parts.append(words.format(len(plan.changed(rule)), len(asked), name))
     line = ", ".join(parts)
