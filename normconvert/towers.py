@@ -5,11 +5,13 @@ A pass on text runs none of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_leaves
 
 from normconvert.images import accepted, images, patch_shape, setting, told
 from normconvert.model_inputs import (
@@ -31,11 +33,14 @@ if TYPE_CHECKING:
 class Pass:
     """Something to run beside a model of text: `run`, on `inputs`, which are zeros but for numbers.
 
-    `name` is the path of what is run. `alone` says that it is a tower by itself; what it returns
-    of its inside, others than this model may read.
+    `name` is the path of what is run, empty if that is the whole model; `what` it is run on;
+    `tower` is the path of the tower that reads the images. `alone` says that this is run by itself;
+    what it returns of its inside, others than this model may read.
     """
 
     name: str
+    what: str
+    tower: str
     part: PreTrainedModel
     run: Callable[..., Any]
     inputs: dict[str, Any]
@@ -66,7 +71,7 @@ def tower_passes(model: PreTrainedModel, batch: int, length: int) -> Iterator[Pa
 
     Each tower by itself; and what makes of its output that which the text model reads: a method of
     transformers' models, or the whole model, on `length` tokens beside the images. Of the passes of
-    one name the first that runs is meant.
+    one name the first that runs is meant. What that method returns, `in_a_text` takes.
     """
     for path, tower in towers(model).items():
         try:
@@ -78,7 +83,7 @@ def tower_passes(model: PreTrainedModel, batch: int, length: int) -> Iterator[Pa
         except Exception:  # of no known size; a config may hold anything
             continue
         for given in inputs:
-            yield Pass(name=path, part=tower, run=tower, inputs=given, alone=True)
+            yield _pass(path, path, tower, tower, given, alone=True)
         yield from (each for each in beside if each is not None)
 
 
@@ -106,13 +111,75 @@ def _beside(
         run = getattr(part, method)
         inputs = _features_inputs(part, run, tower, main)
         name = f"{name}.{method}" if name else method
-        return Pass(name=name, part=part, run=run, inputs=inputs, alone=False)
+        return _pass(name, path, part, run, inputs)
     if main_input(tower) not in accepted(model.forward):
         return None
     inputs = trace_inputs(model, len(main), length)
     inputs["input_ids"] = _tokens(model, len(main), length)
     inputs |= _features_inputs(model, model.forward, tower, main)
-    return Pass(name="", part=model, run=model, inputs=inputs, alone=False)
+    return _pass("", path, model, model, inputs, "and tokens")
+
+
+def _pass(
+    name: str,
+    tower: str,
+    part: PreTrainedModel,
+    run: Callable[..., Any],
+    inputs: dict[str, Any],
+    where: str = "",
+    *,
+    alone: bool = False,
+) -> Pass:
+    what = f"{_kind(inputs)} {where}".rstrip()
+    return Pass(name=name, what=what, tower=tower, part=part, run=run, inputs=inputs, alone=alone)
+
+
+def _kind(inputs: dict[str, Any]) -> str:
+    return "spectra" if "input_features" in inputs else "images"
+
+
+def in_a_text(model: PreTrainedModel, made: Pass, features: Any) -> Pass | None:
+    """The pass on a text with places for the `features` that the pass `made` has returned.
+
+    None if that makes nothing for a text, or if the model's config does not say by what token such
+    a place is known.
+    """
+    names = ("image_token_id", "image_token_index")
+    if _kind(made.inputs) == "spectra":
+        names = ("audio_token_id", "audio_token_index")
+    known = (getattr(model.config, name, None) for name in names)
+    place = next((token for token in known if token is not None), None)
+    if place is None or made.alone or not made.name:
+        return None
+    ids: list[int] = []
+    for places in _places(features):
+        ids += [*range(1, 1 + _BETWEEN), *[place] * places]
+    with unset_fake_temporarily():  # the model's code must know the numbers
+        tokens = torch.tensor([[*ids, *range(1, 1 + _BETWEEN)]])
+        kinds = (tokens == place).to(torch.int64)
+    taken = accepted(model.forward)
+    more = {"use_cache": False, "mm_token_type_ids": kinds, "decoder_input_ids": kinds}
+    more = {name: value for name, value in more.items() if name in taken}
+    inputs = {"input_ids": tokens, **made.inputs, **more}
+    return _pass("", made.tower, model, model, inputs, "in a text")
+
+
+_BETWEEN = 3
+"""Tokens in front of each image in a text, and behind the last one."""
+
+
+def _places(features: Any) -> list[int]:
+    """How many places in a text each image or sound takes."""
+    from transformers.utils import ModelOutput
+
+    if isinstance(features, ModelOutput):
+        features = next(
+            features[name] for name in ("pooler_output", "last_hidden_state") if name in features
+        )
+    leaves = [leaf for leaf in tree_leaves(features) if isinstance(leaf, torch.Tensor)]
+    if len(leaves) == 1 and leaves[0].ndim > 2:  # [images, places, features]
+        leaves = [*leaves[0]]
+    return [math.prod(leaf.shape[:-1]) for leaf in leaves]
 
 
 def _features_inputs(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.phi.modeling_phi import PhiMLP
 
 import normconvert
 import zoo
+from normconvert.source import open_checkpoint
+from normconvert.trace import trace
 
 PLACE = 7  # the token in whose place a piece of an image is put
 _SMALL: dict[str, Any] = {
@@ -82,13 +87,67 @@ def test_the_norm_of_a_projector_is_folded_and_compared(tmp_path: Path) -> None:
 def test_what_images_write_to_a_text_is_compared(tmp_path: Path) -> None:
     """Were the projector overlooked, the text's LayerNorms would be changed: wrong for images."""
     source = _save(_into_layer_norms, tmp_path / "source")
-    with patch("normconvert.rules.stream.unseen_writers", return_value=()):
+    with (
+        patch("normconvert.rules.stream.unseen_writers", return_value=()),
+        patch("normconvert.trace.further.in_a_text", return_value=None),
+    ):
         wrong = normconvert.convert(source, tmp_path / "wrong", "rmsnorm")
     assert wrong.status == "rejected"
     assert _apart(wrong.verification) == {"images in a text"}
     right = normconvert.convert(source, tmp_path / "output", "rmsnorm")
     assert right.status == "converted"
     assert _apart(right.verification) == set()
+
+
+class _AddedBesideImages(PhiMLP):  # type: ignore[misc]
+    beside_images = False
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = super().forward(hidden_states)
+        return output + hidden_states if self.beside_images else output
+
+
+class ImagesInATextModel(transformers.LlavaForConditionalGeneration):  # type: ignore[misc]
+    """Reads a norm in another way where there are images in the text."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.language_model.layers[1].mlp = _AddedBesideImages(config.text_config)
+
+    def forward(self, input_ids: Any = None, pixel_values: Any = None, **options: Any) -> Any:
+        self.model.language_model.layers[1].mlp.beside_images = pixel_values is not None
+        return super().forward(input_ids, pixel_values, **options)
+
+
+def test_a_norm_that_is_read_otherwise_beside_images(tmp_path: Path) -> None:
+    config = _into_layer_norms().config
+    source = _save(lambda: ImagesInATextModel(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=ImagesInATextModel).plan
+    kept = {v.norm: v.reason for v in plan.verdicts if v.action == "keep"}
+    layer = "model.language_model.layers.1"
+    assert kept[f"{layer}.input_layernorm"] == (
+        f"it is added to another activation in {layer}.mlp on images in a text, not multiplied by "
+        "a weight"
+    )
+
+
+def test_what_images_write_to_a_text_is_seen(tmp_path: Path) -> None:
+    """The projector is in the stream of the text, and so that is recentered behind it, once."""
+    source = _save(_into_layer_norms, tmp_path / "source")
+    graph = trace(open_checkpoint(str(source)))
+    assert not graph.failed
+    assert not graph.apart
+    (mixed,) = (node for node in graph.nodes if node.op == "masked_scatter")
+    assert graph.where(graph.nodes.index(mixed)) == "model on images in a text"
+    projector = graph.parameter_values["model.multi_modal_projector.linear_2.weight"]
+    assert projector in graph.behind_outputs
+    rewrites: tuple[Any, ...] = ("rmsnorm", "crmsnorm")
+    for rewrite in rewrites:
+        conversion = normconvert.convert(source, tmp_path / rewrite, rewrite)
+        native = conversion.inspection.plan.native
+        assert native is not None
+        assert [each.module for each in native.recenterings] == ["model.language_model.layers.0"]
+        assert conversion.status == "converted"
 
 
 class WithMore(transformers.LlamaForCausalLM):  # type: ignore[misc]
@@ -106,3 +165,47 @@ def test_a_norm_that_nothing_runs_has_a_verdict(tmp_path: Path) -> None:
     kept = {(verdict.norm, verdict.reason) for verdict in plan.verdicts if verdict.action == "keep"}
     assert kept == {("spare", "no pass of the trace runs it")}
     assert len(plan.verdicts) == 6
+
+
+class FilledLMHeadModel(transformers.GPT2LMHeadModel):  # type: ignore[misc]
+    """Other vectors take the place of some embeddings, or only of half of each of them."""
+
+    whole = True
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.transformer.other = torch.nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, input_ids: Any = None, **options: Any) -> Any:
+        chosen = input_ids.lt(50).unsqueeze(-1)
+        if not self.whole:
+            chosen = chosen & torch.arange(self.config.n_embd).lt(self.config.n_embd // 2)
+        embeddings = self.transformer.wte(input_ids)
+        filling = self.transformer.other(input_ids.flip(1))
+        filled = embeddings.masked_scatter(chosen.expand_as(embeddings), filling)
+        return super().forward(inputs_embeds=filled, **options)
+
+
+class HalfFilledLMHeadModel(FilledLMHeadModel):
+    whole = False
+
+
+@pytest.mark.parametrize("model_class", [FilledLMHeadModel, HalfFilledLMHeadModel])
+def test_what_fills_whole_vectors_is_centered(model_class: Any, tmp_path: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=101, n_embd=54, n_layer=2, n_head=9, n_positions=64, tie_word_embeddings=False
+    )
+    source = _save(lambda: model_class(config), tmp_path / "source")
+    output = tmp_path / "output"
+    convert = partial(
+        normconvert.convert, source, output, "rmsnorm", format="stock", model_class=model_class
+    )
+    if not model_class.whole:
+        with pytest.raises(normconvert.PlanError, match="masked_scatter in Half"):
+            convert()
+        return
+    convert()
+    stock = transformers.GPT2Config.from_pretrained(output)
+    model = model_class.from_pretrained(output, config=stock)
+    for embedding in (model.transformer.wte, model.transformer.other):
+        assert embedding.weight.mean(1).abs().max() < 1e-6
