@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
+from normconvert.errors import TraceError
 from normconvert.images import accepted, images, patch_shape, setting, told
 from normconvert.model_inputs import (
     MAIN_INPUTS,
@@ -27,6 +28,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
+
+
+def images_beside(model: PreTrainedModel, batch: int) -> dict[str, Any]:
+    """Images, zeros, for a model of text that cannot do without, and what it must be told of them.
+
+    Raises:
+        TraceError: it reads none, or the config does not say which size they have.
+    """
+    towers_for_images = (
+        tower for tower in towers(model).values() if main_input(tower) != "input_features"
+    )
+    tower = next(towers_for_images, None)
+    if tower is None or "pixel_values" not in accepted(model.forward):
+        raise TraceError(f"{type(model).__name__} reads no images.")
+    shape, numbers = images(tower, batch)
+    with torch.device(model.device):
+        pixels = torch.zeros(shape, dtype=model.dtype)
+    return {"pixel_values": pixels, **told(model.forward, numbers)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

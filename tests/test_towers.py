@@ -209,3 +209,62 @@ def test_what_fills_whole_vectors_is_centered(model_class: Any, tmp_path: Path) 
     model = model_class.from_pretrained(output, config=stock)
     for embedding in (model.transformer.wte, model.transformer.other):
         assert embedding.weight.mean(1).abs().max() < 1e-6
+
+
+def _text_and_images() -> transformers.PreTrainedModel:
+    """Compares the two: it takes no text without an image."""
+    text: dict[str, Any] = {
+        **_SMALL,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    image: dict[str, Any] = {**_SMALL, "image_size": 15, "patch_size": 5}
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**text, "vocab_size": 101}, vision_config=image, projection_dim=20
+        )
+    )
+
+
+def test_a_model_that_compares_text_and_images(tmp_path: Path) -> None:
+    source = _save(_text_and_images, tmp_path / "source")
+    graph = trace(open_checkpoint(str(source)))
+    assert [what for _, what in graph.passes] == [
+        "on a long text", "on a batch of one with a mask, all outputs", "", "",
+    ]  # fmt: skip
+    assert not graph.unread_parameters
+    rewrites: tuple[Any, ...] = ("flashnorm", "rmsnorm", "crmsnorm")
+    for rewrite in rewrites:
+        conversion = normconvert.convert(source, tmp_path / rewrite, rewrite)
+        assert conversion.status == "converted"
+        assert len(conversion.inspection.plan.changed(rewrite)) >= 6
+
+    weights = tmp_path / "flashnorm" / "model.safetensors"
+    before = load_file(weights)
+    for tower in ("text", "vision"):
+        name = f"{tower}_model.encoder.layers.0.mlp.fc1.weight"
+        wrong = before[name].clone()
+        wrong[3, 5] *= 3
+        save_file({**before, name: wrong}, weights, metadata={"format": "pt"})
+        found = _apart(normconvert.verify_equivalence(source, tmp_path / "flashnorm"))
+        side = "text" if tower == "text" else "image"
+        other = "image" if tower == "text" else "text"
+        assert {"random", f"random, {side}_embeds"} <= found
+        assert f"random, {other}_embeds" not in found
+
+
+class ForLargeImages(transformers.CLIPModel):  # type: ignore[misc]
+    def forward(self, input_ids: Any = None, pixel_values: Any = None, **options: Any) -> Any:
+        if pixel_values is not None and pixel_values.shape[-1] < 1000:
+            raise ValueError("too small")
+        return super().forward(input_ids, pixel_values, **options)
+
+
+def test_images_that_a_model_cannot_read_are_a_sentence(tmp_path: Path) -> None:
+    source = _save(_text_and_images, tmp_path / "source")
+    with pytest.raises(normconvert.TraceError) as refused:
+        normconvert.inspect(source, model_class=ForLargeImages)
+    said = str(refused.value)
+    assert said.startswith("ForLargeImages runs neither on text alone (")
+    assert said.endswith(") nor with images beside it (ValueError: too small).")

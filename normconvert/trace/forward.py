@@ -95,7 +95,7 @@ def values_of(
     found = []
     for path, leaf in tree_leaves_with_path(output):
         name = ".".join(re.findall(r"\w+", keystr(path)))
-        if fields is not None and name.partition(".")[0] not in fields:
+        if fields is not None and field(name) not in fields:
             continue
         if isinstance(leaf, torch.Tensor):
             found.append((name, recorder.value(leaf)))
@@ -105,6 +105,11 @@ def values_of(
                 "holds is not known; let it return a ModelOutput, a dict or a tuple."
             )
     return found
+
+
+def field(name: str) -> str:
+    """Of which field an output is: its name, without the numbers of its elements."""
+    return re.sub(r"\.\d+\b", "", name)
 
 
 _SEEN_THROUGH = (bool, int, float, str, type(None), Cache)  # no tensors, or only a cache's

@@ -11,11 +11,12 @@ import torch
 
 from normconvert.errors import TraceError
 from normconvert.model_inputs import all_wanted, handed_back, inputs_in_use, longest
-from normconvert.towers import in_a_text, tower_passes
+from normconvert.towers import images_beside, in_a_text, tower_passes
 from normconvert.trace.forward import (
     BATCH,
     LENGTH,
     as_trace_errors,
+    field,
     output_of,
     plain_pass,
     values_of,
@@ -44,15 +45,22 @@ class FurtherPasses:
     """Further passes of a model, and what they return: `of_the_whole` model, and `of_towers`.
 
     The latter by the tower that read; those that are `followed` were run in one of the former, too.
-    What cannot be run is left out; `failed` says what, in which module, and why.
+    What cannot be run is left out; `failed` says what, in which module, and why. With `images`, all
+    of them are on images beside the text, which the model cannot do without.
     """
 
-    def __init__(self, model: PreTrainedModel, recorder: Recorder, calls: NormCalls) -> None:
+    def __init__(
+        self, model: PreTrainedModel, recorder: Recorder, calls: NormCalls, *, images: bool
+    ) -> None:
         self._model, self._recorder, self._calls = model, recorder, calls
+        self._images = images
         self.of_the_whole: list[Values] = []
         self.of_towers: dict[str, Values] = {}
         self.followed: set[str] = set()
         self.failed: list[tuple[str, str, str]] = []
+
+    def _beside(self, batch: int) -> dict[str, Any]:
+        return images_beside(self._model, batch) if self._images else {}
 
     @contextmanager
     def _further(self, what: str) -> Iterator[None]:
@@ -77,7 +85,7 @@ class FurtherPasses:
         for recorder.turned in range(asked):
             recorder.asked = 0
             with suppress(TraceError), self._further("on other data"):
-                self.of_the_whole.append(plain_pass(model, recorder, calls))
+                self.of_the_whole.append(plain_pass(model, recorder, calls, **self._beside(BATCH)))
         recorder.turned = -1
 
     def on_a_long_text(self, *, most_nodes: int) -> None:
@@ -93,7 +101,8 @@ class FurtherPasses:
         recorder.most_nodes = len(recorder.nodes) + most_nodes
         try:
             with suppress(TraceError), self._further("on a long text"):
-                found = plain_pass(model, recorder, self._calls, length=length)
+                beside = self._beside(BATCH)
+                found = plain_pass(model, recorder, self._calls, length=length, **beside)
                 self.of_the_whole.append(found)
         finally:
             recorder.most_nodes = math.inf
@@ -107,7 +116,7 @@ class FurtherPasses:
         """
         model, recorder = self._model, self._recorder
         shape = (1, LENGTH) if optional else None
-        fields = {"loss", *(name.partition(".")[0] for name, _ in first)}
+        fields = {"loss", *(field(name) for name, _ in first)}
         logits = next((recorder.values[of].shape for name, of in first if name == "logits"), ())
         before = len(self.of_the_whole)
 
@@ -121,7 +130,7 @@ class FurtherPasses:
             return output
 
         with torch.device(model.device):
-            plain = inputs_in_use(model, LENGTH)
+            plain = inputs_in_use(model, LENGTH) | self._beside(1)
             full = plain | all_wanted(model, logits)
         # Labels may have to be of another kind.
         unlabelled = {name: given for name, given in full.items() if name != "labels"}
@@ -169,7 +178,8 @@ class FurtherPasses:
     def _of_a_tower(self, each: Pass) -> Pass | None:
         """Run a pass of a tower; the pass that reads what it returns, if there is one."""
         recorder, calls = self._recorder, self._calls
-        inputs = each.inputs | ({"output_hidden_states": True} if each.alone else {})
+        inside = each.alone and not self._images  # a model that reads them returns what it chooses
+        inputs = each.inputs | ({"output_hidden_states": True} if inside else {})
         what = "" if each.name else f"on {each.what}"
         with self._further(what), as_trace_errors(each.part, recorder):
             output = output_of(each.part, recorder, calls, inputs, run=each.run)

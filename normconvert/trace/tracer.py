@@ -10,11 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from normconvert.errors import TraceError, first_line
+from normconvert.images import accepted
 from normconvert.ir.graph import Graph, Tie
 from normconvert.model_class import auto_classes, resolve
 from normconvert.model_inputs import reads_ids
 from normconvert.model_size import of_the_size
 from normconvert.quiet import quiet
+from normconvert.towers import images_beside
 from normconvert.trace.calls import NormCalls
 from normconvert.trace.forward import BATCH, LENGTH, plain_pass
 from normconvert.trace.further import FurtherPasses
@@ -141,9 +143,9 @@ def record(
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
     calls = NormCalls(model, recorder)
-    returned = plain_pass(model, recorder, calls, optional=optional)
+    returned, images = _first_pass(model, recorder, calls, optional=optional)
     count, asked = len(recorder.nodes), recorder.asked
-    others = FurtherPasses(model, recorder, calls)
+    others = FurtherPasses(model, recorder, calls, images=images)
     if recorder.invents:
         others.on_other_data(asked)
     if further and reads_ids(model):
@@ -179,6 +181,38 @@ def record(
         not_run=calls.not_run((BATCH, LENGTH)),
         failed=tuple(others.failed),
     )
+
+
+def _first_pass(
+    model: PreTrainedModel, recorder: Recorder, calls: NormCalls, *, optional: bool
+) -> tuple[list[tuple[str, int]], bool]:
+    """What one plain pass returns, and whether it needs images beside the text.
+
+    Raises:
+        TraceError: it cannot be run with them either.
+    """
+    run = partial(plain_pass, model, recorder, calls, optional=optional)
+    try:
+        with recorder.undone_on_error(), calls.undone_on_error():
+            return run(), False
+    except TraceError as error:
+        if "pixel_values" not in accepted(model.forward):
+            raise
+        try:
+            with recorder.undone_on_error(), calls.undone_on_error():
+                return run(**images_beside(model, BATCH)), True
+        except TraceError as other:
+            alone, beside = (_cause(each) for each in (error, other))
+            raise TraceError(
+                f"{type(model).__name__} runs neither on text alone ({alone}) nor with images "
+                f"beside it ({beside}).",
+                module=error.module,
+            ) from error.__cause__
+
+
+def _cause(error: TraceError) -> str:
+    cause = error.__cause__
+    return first_line(cause) if isinstance(cause, Exception) else str(error).rstrip(".")
 
 
 _TIE_KEY = "tie_word_embeddings"

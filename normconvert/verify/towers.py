@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from normconvert.model_inputs import longest
 from normconvert.towers import in_a_text, tower_passes
-from normconvert.verify.tokens import LENGTH, SEQUENCES, moved_to, random_like
+from normconvert.verify.tokens import LENGTH, SEQUENCES, drawn_like, moved_to
 
 if TYPE_CHECKING:
     from normconvert.towers import Pass
@@ -31,7 +31,7 @@ def tower_outputs(model: Any) -> dict[str, Any]:
         return output
 
     for each in tower_passes(model, SEQUENCES, min(LENGTH, longest(model) or LENGTH)):
-        drawn = replace(each, inputs=tree_map(partial(_drawn, generator), each.inputs))
+        drawn = replace(each, inputs=tree_map(partial(drawn_like, generator), each.inputs))
         if _name(each) in found:
             continue
         with suppress(Exception):  # foreign code
@@ -43,10 +43,3 @@ def tower_outputs(model: Any) -> dict[str, Any]:
 
 def _name(each: Pass) -> str:
     return ", ".join(filter(None, [each.name, each.what]))
-
-
-def _drawn(generator: torch.Generator, given: Any) -> Any:
-    """Random numbers for zeros, but not for sizes and tokens."""
-    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
-        return given
-    return random_like(generator, given)

@@ -49,6 +49,7 @@ CLASSES = (
     "LlavaOnevisionForConditionalGeneration", "AriaForConditionalGeneration",
     "Ovis2ForConditionalGeneration", "Llama4ForConditionalGeneration",
     "T5Gemma2ForConditionalGeneration",
+    "CLIPModel", "SiglipModel",
 )  # fmt: skip
 
 # Other forms of types, as the zoo has them: tied and untied, block layouts, with and without parts.
