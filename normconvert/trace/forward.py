@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from normconvert.errors import TraceError, first_line
 from normconvert.model_inputs import optional_inputs, trace_inputs
 from normconvert.trace.caches import forgetting
+from normconvert.trace.casting import casting_anew
 from normconvert.trace.naming import readable_numbers
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def output_of(
             inputs[name] = given.to(model.dtype)
     more = _handing_in(model, *optional) if optional else nullcontext()
     recorder.computes = recorder.invents or any(map(_is_known, inputs.values()))
-    with forgetting(model), readable_numbers(), more, calls, recorder:
+    with forgetting(model), readable_numbers(), casting_anew(), more, calls, recorder:
         return (run or model)(**inputs)
 
 

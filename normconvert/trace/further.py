@@ -134,20 +134,21 @@ class FurtherPasses:
             full = plain | all_wanted(model, logits)
         # Labels may have to be of another kind.
         unlabelled = {name: given for name, given in full.items() if name != "labels"}
-        output, cache = None, dict[str, Any]()
+        encoded, cache = list[Any](), dict[str, Any]()
         for inputs in (full, unlabelled, plain, {**plain, "use_cache": False}):
             ran = len(self.of_the_whole) > before
             if inputs is unlabelled and (ran or "labels" not in full):
                 continue
             with suppress(TraceError), _gradients(model) if _asks(inputs) else nullcontext():
-                output = run(_circumstances(inputs), inputs)
+                with _encoded(model, encoded):
+                    output = run(_circumstances(inputs), inputs)
                 cache = handed_back(model, output)
             ran = len(self.of_the_whole) > before
             if cache or (ran and (inputs is plain or "use_cache" not in plain)):
                 break
         if cache:
             with suppress(TraceError):
-                states = getattr(output, "encoder_last_hidden_state", None)
+                states = encoded[-1] if encoded else None
                 with torch.device(model.device):
                     inputs = inputs_in_use(model, LENGTH, cache, states)
                 run("on one token with a cache", inputs)
@@ -211,6 +212,20 @@ _OTHER = {
     "labels": "labels",
     "output_attentions": "all outputs",
 }
+
+
+@contextmanager
+def _encoded(model: PreTrainedModel, found: list[Any]) -> Iterator[None]:
+    """While active, what the encoder of `model` returns, if it has one, is added to `found`."""
+    encoder = model.get_encoder() if model.config.is_encoder_decoder else None
+    if not isinstance(encoder, torch.nn.Module) or encoder is model:
+        yield
+        return
+    handle = encoder.register_forward_hook(lambda *call: found.append(call[-1]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
