@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,8 @@ def tower_passes(model: PreTrainedModel, batch: int, length: int) -> Iterator[Pa
 
     Each tower by itself; and what makes of its output that which the text model reads: a method of
     transformers' models, or the whole model, on `length` tokens beside the images. Of the passes of
-    one name the first that runs is meant. What that method returns, `in_a_text` takes.
+    one name the first that runs is meant; one whose inputs are not known fails when it is run. What
+    that method returns, `in_a_text` takes.
     """
     for path, tower in towers(model).items():
         try:
@@ -99,7 +101,8 @@ def tower_passes(model: PreTrainedModel, batch: int, length: int) -> Iterator[Pa
                 mains = [torch.zeros(shape, dtype=model.dtype) for shape in shapes]
             inputs = [plain_inputs(tower, main, torch.empty(0)) for main in mains]
             beside = [_beside(model, path, tower, main, length) for main in mains]
-        except Exception:  # of no known size; a config may hold anything
+        except Exception as error:  # of no known size; a config may hold anything
+            yield _pass(path, path, tower, partial(_fail, error), {}, alone=True)
             continue
         for given in inputs:
             yield _pass(path, path, tower, tower, given, alone=True)
@@ -153,6 +156,10 @@ def _pass(
     return Pass(name=name, what=what, tower=tower, part=part, run=run, inputs=inputs, alone=alone)
 
 
+def _fail(error: Exception, **_: Any) -> None:
+    raise error
+
+
 def _kind(inputs: dict[str, Any]) -> str:
     return "spectra" if "input_features" in inputs else "images"
 
@@ -161,7 +168,7 @@ def in_a_text(model: PreTrainedModel, made: Pass, features: Any) -> Pass | None:
     """The pass on a text with places for the `features` that the pass `made` has returned.
 
     None if that makes nothing for a text, or if the model's config does not say by what token such
-    a place is known.
+    a place is known. If it is not known how many places there are, the pass fails when it is run.
     """
     names = ("image_token_id", "image_token_index")
     if _kind(made.inputs) == "spectra":
@@ -171,8 +178,11 @@ def in_a_text(model: PreTrainedModel, made: Pass, features: Any) -> Pass | None:
     if place is None or made.alone or not made.name:
         return None
     ids: list[int] = []
-    for places in _places(features):
-        ids += [*range(1, 1 + _BETWEEN), *[place] * places]
+    try:
+        for places in _places(features):
+            ids += [*range(1, 1 + _BETWEEN), *[place] * places]
+    except Exception as error:  # of a size that depends on data; code may return anything
+        return _pass("", made.tower, model, partial(_fail, error), made.inputs, _IN_A_TEXT)
     with unset_fake_temporarily():  # the model's code must know the numbers
         tokens = torch.tensor([[*ids, *range(1, 1 + _BETWEEN)]])
         kinds = (tokens == place).to(torch.int64)
@@ -180,9 +190,10 @@ def in_a_text(model: PreTrainedModel, made: Pass, features: Any) -> Pass | None:
     more = {"use_cache": False, "mm_token_type_ids": kinds, "decoder_input_ids": kinds}
     more = {name: value for name, value in more.items() if name in taken}
     inputs = {"input_ids": tokens, **made.inputs, **more}
-    return _pass("", made.tower, model, model, inputs, "in a text")
+    return _pass("", made.tower, model, model, inputs, _IN_A_TEXT)
 
 
+_IN_A_TEXT = "in a text"
 _BETWEEN = 3
 """Tokens in front of each image in a text, and behind the last one."""
 
@@ -207,8 +218,9 @@ def _features_inputs(
     """What `run` of `part` takes for `tower` to read `main`."""
     names = accepted(run)
     if main_input(tower) == "input_features":
-        frames = torch.ones(len(main), main.shape[-1], dtype=torch.int64)
-        masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), frames)
+        with unset_fake_temporarily():  # the model's code must know the numbers
+            frames = torch.ones(len(main), main.shape[-1], dtype=torch.int64)
+        masks = dict.fromkeys(_MASKS, frames)
         return {"input_features": main, **told(run, masks)}
     _, numbers = images(tower, len(main))
     if main.ndim == _WHOLE and not in_patches(tower):
@@ -222,6 +234,7 @@ def _features_inputs(
     return {name: main, **told(run, numbers)}
 
 
+_MASKS = ("input_features_mask", "feature_attention_mask", "padding_mask")
 _WHOLE = 4  # axes of images that are not cut
 
 

@@ -268,3 +268,38 @@ def test_images_that_a_model_cannot_read_are_a_sentence(tmp_path: Path) -> None:
     said = str(refused.value)
     assert said.startswith("ForLargeImages runs neither on text alone (")
     assert said.endswith(") nor with images beside it (ValueError: too small).")
+
+
+class WithABrokenTowerModel(transformers.LlavaForConditionalGeneration):  # type: ignore[misc]
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.vision_tower.register_forward_pre_hook(self._broken)
+
+    @staticmethod
+    def _broken(*_: Any) -> None:
+        raise ValueError("no such kernel")
+
+
+def test_why_a_norm_is_not_run_is_said(tmp_path: Path) -> None:
+    config = _into_layer_norms().config
+    source = _save(lambda: WithABrokenTowerModel(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=WithABrokenTowerModel).plan
+    reasons = {v.reason for v in plan.verdicts if v.norm.startswith("model.vision_tower.")}
+    assert reasons == {
+        "no pass of the trace runs it: The forward pass of CLIPVisionModel cannot be traced: "
+        "ValueError: no such kernel"
+    }
+    assert plan.notes == (
+        "2 passes of the trace could not be run (model.vision_tower, model.get_image_features): "
+        "what only they show is not known.",
+    )
+
+
+def test_a_tower_for_images_of_no_known_size_is_named(tmp_path: Path) -> None:
+    source = _save(_into_layer_norms, tmp_path / "source")
+    with patch("normconvert.towers._shapes", side_effect=normconvert.TraceError("Of no size.")):
+        plan = normconvert.inspect(source).plan
+    (note,) = plan.notes
+    assert note.startswith("1 pass of the trace could not be run (model.vision_tower): ")
+    (reason,) = {v.reason for v in plan.verdicts if v.norm.startswith("model.vision_tower.")}
+    assert reason.endswith(": TraceError: Of no size")

@@ -119,6 +119,19 @@ class Call:
     run: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A further pass that could not be run: what it was, in which module, and why (a sentence).
+
+    `tower` is the path of the part that it was to run, empty for a pass of the whole model on text.
+    """
+
+    what: str
+    module: str
+    why: str
+    tower: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """A traced model. See the module's docstring.
@@ -134,7 +147,7 @@ class Graph:
     of them in the whole model. `widths` tells how many features at once the layer of a
     parameter multiplies by it, where the layer is of a class that says so. `searched` says that
     what a search finds was made up. `not_run` are norms of the model that no pass runs. `failed`
-    are the passes of towers that could not be run: what, in which module, and why.
+    are further passes that could not be run.
     """
 
     model: str
@@ -156,7 +169,7 @@ class Graph:
     widths: tuple[tuple[str, int], ...] = ()
     searched: bool = False
     not_run: tuple[Norm, ...] = ()
-    failed: tuple[tuple[str, str, str], ...] = ()
+    failed: tuple[Failure, ...] = ()
 
     def returning(self, names: tuple[str, ...]) -> Graph:
         """The graph that only has the outputs `names`, such as pooler_output.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from normconvert.errors import TraceError
+from normconvert.ir.graph import Failure
 from normconvert.model_inputs import all_wanted, handed_back, inputs_in_use, longest
 from normconvert.towers import images_beside, in_a_text, tower_passes
 from normconvert.trace.forward import (
@@ -45,7 +46,7 @@ class FurtherPasses:
     """Further passes of a model, and what they return: `of_the_whole` model, and `of_towers`.
 
     The latter by the tower that read; those that are `followed` were run in one of the former, too.
-    What cannot be run is left out; `failed` says what, in which module, and why. With `images`, all
+    What cannot be run is left out, and is among the `failed`. With `images`, all
     of them are on images beside the text, which the model cannot do without.
     """
 
@@ -57,7 +58,7 @@ class FurtherPasses:
         self.of_the_whole: list[Values] = []
         self.of_towers: dict[str, Values] = {}
         self.followed: set[str] = set()
-        self.failed: list[tuple[str, str, str]] = []
+        self.failed: list[Failure] = []
 
     def _beside(self, batch: int) -> dict[str, Any]:
         return images_beside(self._model, batch) if self._images else {}
@@ -73,6 +74,15 @@ class FurtherPasses:
         finally:
             self._calls.run = 0
 
+    @contextmanager
+    def _noting(self, what: str) -> Iterator[None]:
+        """A further pass that is among the `failed` if it ends in an error."""
+        try:
+            with self._further(what):
+                yield
+        except TraceError as error:
+            self.failed.append(Failure(what=what, module=error.module, why=str(error)))
+
     def on_other_data(self, asked: int) -> None:
         """A pass for each number that was invented and `asked` for, with another: those that run.
 
@@ -84,7 +94,7 @@ class FurtherPasses:
             raise TraceError(f"{type(model).__name__} goes ways that depend on data {asked} times.")
         for recorder.turned in range(asked):
             recorder.asked = 0
-            with suppress(TraceError), self._further("on other data"):
+            with self._noting("on other data"):
                 self.of_the_whole.append(plain_pass(model, recorder, calls, **self._beside(BATCH)))
         recorder.turned = -1
 
@@ -100,7 +110,7 @@ class FurtherPasses:
             return
         recorder.most_nodes = len(recorder.nodes) + most_nodes
         try:
-            with suppress(TraceError), self._further("on a long text"):
+            with self._noting("on a long text"):
                 beside = self._beside(BATCH)
                 found = plain_pass(model, recorder, self._calls, length=length, **beside)
                 self.of_the_whole.append(found)
@@ -121,13 +131,14 @@ class FurtherPasses:
         before = len(self.of_the_whole)
 
         def run(what: str, inputs: dict[str, Any]) -> Any:
-            with self._further(what), as_trace_errors(model, recorder):
+            with self._noting(what), as_trace_errors(model, recorder):
                 output = output_of(model, recorder, self._calls, inputs, shape)
                 if _asks(inputs) and not isinstance(output, Mapping):
                     raise TraceError("Among outputs without names, more of them move the others.")
                 values = values_of(model, recorder, output, fields)
                 self.of_the_whole.append(values or values_of(model, recorder, output))
-            return output
+                return output
+            return None
 
         with torch.device(model.device):
             plain = inputs_in_use(model, LENGTH) | self._beside(1)
@@ -139,45 +150,46 @@ class FurtherPasses:
             ran = len(self.of_the_whole) > before
             if inputs is unlabelled and (ran or "labels" not in full):
                 continue
-            with suppress(TraceError), _gradients(model) if _asks(inputs) else nullcontext():
-                with _encoded(model, encoded):
-                    output = run(_circumstances(inputs), inputs)
-                cache = handed_back(model, output)
+            with _gradients(model) if _asks(inputs) else nullcontext(), _encoded(model, encoded):
+                cache = handed_back(model, run(_circumstances(inputs), inputs))
             ran = len(self.of_the_whole) > before
             if cache or (ran and (inputs is plain or "use_cache" not in plain)):
                 break
         if cache:
-            with suppress(TraceError):
-                states = encoded[-1] if encoded else None
-                with torch.device(model.device):
-                    inputs = inputs_in_use(model, LENGTH, cache, states)
-                run("on one token with a cache", inputs)
+            states = encoded[-1] if encoded else None
+            with torch.device(model.device):
+                inputs = inputs_in_use(model, LENGTH, cache, states)
+            run("on one token with a cache", inputs)
 
     def of_images_and_sound(self) -> None:
         """Each tower, what makes of its output that which the text model reads, and that it does.
 
         Of the passes of one name, the first that runs.
         """
-        ran, failed = set[str](), dict[str, tuple[str, str]]()
+        ran, failed = set[str](), dict[str, Failure]()
 
-        def run(each: Pass | None) -> Pass | None:
-            """The pass that follows, if this one runs and there is one."""
-            if each is None or (name := each.name or each.what) in ran:
+        def run(each: Pass) -> Any:
+            """What the pass returns, if it runs."""
+            if (name := each.name or each.what) in ran:
                 return None
             try:
-                following = self._of_a_tower(each)
+                output = self._of_a_tower(each)
             except TraceError as error:
-                failed[name] = error.module, str(error)
+                failed[name] = Failure(
+                    what=name, module=error.module, why=str(error), tower=each.tower
+                )
                 return None
             ran.add(name)
-            return following
+            return output
 
         for each in tower_passes(self._model, BATCH, LENGTH):
-            run(run(each))
-        self.failed += [(name, *why) for name, why in failed.items() if name not in ran]
+            output = run(each)
+            following = None if output is None else in_a_text(self._model, each, output)
+            if following is not None:
+                run(following)
+        self.failed += [each for name, each in failed.items() if name not in ran]
 
-    def _of_a_tower(self, each: Pass) -> Pass | None:
-        """Run a pass of a tower; the pass that reads what it returns, if there is one."""
+    def _of_a_tower(self, each: Pass) -> Any:
         recorder, calls = self._recorder, self._calls
         inside = each.alone and not self._images  # a model that reads them returns what it chooses
         inputs = each.inputs | ({"output_hidden_states": True} if inside else {})
@@ -191,8 +203,7 @@ class FurtherPasses:
         else:
             self.of_the_whole.append(found)
             self.followed.add(each.tower)
-        with as_trace_errors(each.part, recorder):
-            return in_a_text(self._model, each, output)
+        return output
 
 
 def _asks(inputs: dict[str, Any]) -> bool:
