@@ -139,8 +139,8 @@ def inputs_in_use(
 ) -> dict[str, Any]:
     """What one text is read with in use: a mask, and a cache that takes up what is read.
 
-    Without a `cache` that is the whole text of `length` tokens, then one more token. `states` are
-    those of the encoder, if there is one and they are known.
+    Without a `cache` that is the whole text of `length` tokens, then one more token. `states` is
+    what its encoder returned, if there is one and that is known.
     """
     count = 1 if cache else length
     inputs = trace_inputs(model, 1, count)
@@ -154,7 +154,7 @@ def inputs_in_use(
     if cache and "position_ids" in inputs:
         inputs["position_ids"] = inputs["position_ids"] + length
     if cache and states is not None and "encoder_outputs" in names:
-        inputs["encoder_outputs"] = (states,)
+        inputs["encoder_outputs"] = states
     return {**inputs, **cache}
 
 

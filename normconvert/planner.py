@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from normconvert.errors import PlanError
 from normconvert.ir.expression import DropLast, MinusLast, Tensor, tensors
-from normconvert.ir.graph import Graph
+from normconvert.ir.graph import Graph, Norm
 from normconvert.ir.native import Native, merged, native_of
 from normconvert.ir.plan import STORED_DTYPE, Dtype, Edit, Format, Plan, Tied, Verdict
 from normconvert.rules.crmsnorm import crmsnorm
@@ -93,7 +93,7 @@ def make_plan(
         omitted=omitted,
         native=merged(before, _native(graph, origins, draft, rules)) if native else None,
         config=tuple(config.items()),
-        notes=(*_notes(graph, edits), *_adapter_notes(checkpoint, edits)),
+        notes=(*_notes(graph, edits), *_failure_notes(graph), *_adapter_notes(checkpoint, edits)),
     )
 
 
@@ -101,7 +101,19 @@ def _not_run(graph: Graph, origins: Origins, rules: tuple[str, ...]) -> Iterator
     """The verdicts on norms of which the trace says nothing: what reads them is not known."""
     for rule in rules:
         for norm in graph.not_run:
-            yield verdict_on(origins, norm, rule, "keep", "no pass of the trace runs it")
+            reason = "no pass of the trace runs it"
+            if why := _why_not_run(graph, norm):
+                reason += f": {why.rstrip('.')}"
+            yield verdict_on(origins, norm, rule, "keep", reason)
+
+
+def _why_not_run(graph: Graph, norm: Norm) -> str | None:
+    """Why the pass failed that would have run `norm`: its tower's, or one of what is behind it."""
+    towers = [each for each in graph.failed if each.tower]
+    own = (each for each in towers if f"{norm.module}.".startswith(f"{each.tower}."))
+    behind = (each for each in towers if each.what != each.tower)
+    found = next(own, None) or next(behind, None)
+    return None if found is None else found.why
 
 
 def modules_of(graph: Graph) -> dict[str, tuple[str, ...]]:
@@ -250,6 +262,16 @@ def _require_dtype(
                 'transformers loads all, and the conversion changes which that is. Add "dtype" to '
                 "the file."
             )
+
+
+def _failure_notes(graph: Graph) -> tuple[str, ...]:
+    """What the graph does not show, because it could not be run."""
+    count = len(graph.failed)
+    if not count:
+        return ()
+    passes = "1 pass" if count == 1 else f"{count} passes"
+    what = ", ".join(each.what for each in graph.failed)
+    return (f"{passes} of the trace could not be run ({what}): what only they show is not known.",)
 
 
 def _adapter_notes(checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> tuple[str, ...]:

@@ -117,10 +117,10 @@ def _failure(plan: Plan, checkpoint: Checkpoint, before: Graph) -> TraceError | 
             graph = trace(preview(plan, checkpoint, Path(folder)), further=False)
         except TraceError as error:
             return error
-    known = {name for name, _, _ in before.failed}
-    for name, module, why in graph.failed:
-        if name not in known:
-            return TraceError(why, module=module)
+    known = {each.what for each in before.failed}
+    for each in graph.failed:
+        if each.what not in known:
+            return TraceError(each.why, module=each.module)
     assert plan.native is not None
     unread = set(plan.native.biases) & set(graph.unread)
     return TraceError(f"{min(unread)} is not read.") if unread else None

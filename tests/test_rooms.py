@@ -53,7 +53,7 @@ ALLOWED = {
     "model_class": {*SHARED, "nn"},
     "images": {"errors"},
     "model_inputs": {*SHARED, "images"},
-    "towers": {"images", "model_inputs"},
+    "towers": {"errors", "images", "model_inputs"},
     "model_size": SHARED,
     "precision": set[str](),
     "quiet": set[str](),

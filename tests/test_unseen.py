@@ -531,3 +531,41 @@ def test_both_ways_of_a_branch_on_data_are_traced(added_if: bool, tmp_path: Path
         "model.layers.1.input_layernorm": f"it is added to another activation in {where}, "
         "not multiplied by a weight"
     }
+
+
+class _Recast(LlamaMLP):  # type: ignore[misc]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.gate_proj: torch.nn.Module = self.gate_proj.to(x.dtype)
+        output: torch.Tensor = super().forward(x)
+        return output + x if x.shape[1] == 1 else output
+
+
+class RecastForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc]
+    """Casts a layer whenever it runs, as routers of transformers do."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.layers[1].mlp = _Recast(config)
+
+
+def test_a_layer_that_is_cast_while_it_runs(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**_SMALL, vocab_size=101)
+    source = save(lambda: RecastForCausalLM(config), tmp_path / "source")
+    plan = normconvert.inspect(source, model_class=RecastForCausalLM).plan
+    assert [(v.norm, v.reason) for v in plan.verdicts if v.action == "keep"] == [
+        (
+            "model.layers.1.post_attention_layernorm",
+            "it is added to another activation in model.layers.1.mlp on one token with a cache, "
+            "not multiplied by a weight",
+        )
+    ]
+
+
+def test_a_decoder_goes_on_with_the_states_of_its_encoder(tmp_path: Path) -> None:
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=101, d_model=54, d_ff=88, d_kv=10, num_layers=2, num_decoder_layers=2,
+        num_heads=9, num_experts=3, decoder_start_token_id=0,
+    )  # fmt: skip
+    make = partial(transformers.SwitchTransformersForConditionalGeneration, config)
+    graph = trace(open_checkpoint(str(save(make, tmp_path / "source"))))
+    assert [what for _, what in graph.passes][-1] == "on one token with a cache"

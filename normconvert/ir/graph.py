@@ -119,6 +119,19 @@ class Call:
     run: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A further pass that could not be run: what it was, in which module, and why (a sentence).
+
+    `tower` is the path of the part that it was to run, empty for a pass of the whole model on text.
+    """
+
+    what: str
+    module: str
+    why: str
+    tower: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """A traced model. See the module's docstring.
@@ -130,10 +143,11 @@ class Graph:
     Linear without a bias to the name that a bias would have, in the model and on disk. `tie_key`
     is the key of config.json that says whether parameters are tied. `towers` are what parts of the
     model return that a pass on text leaves out: for images, by themselves and with all that makes
-    of them what the text model reads. `widths` tells how many features at once the layer of a
+    of them what the text model reads; `apart` are those of them of which no pass shows what becomes
+    of them in the whole model. `widths` tells how many features at once the layer of a
     parameter multiplies by it, where the layer is of a class that says so. `searched` says that
     what a search finds was made up. `not_run` are norms of the model that no pass runs. `failed`
-    are the passes of towers that could not be run: what, in which module, and why.
+    are further passes that could not be run.
     """
 
     model: str
@@ -151,10 +165,11 @@ class Graph:
     other_outputs: tuple[tuple[tuple[str, int], ...], ...] = ()
     passes: tuple[tuple[int, str], ...] = ()
     towers: tuple[tuple[str, int], ...] = ()
+    apart: tuple[tuple[str, int], ...] = ()
     widths: tuple[tuple[str, int], ...] = ()
     searched: bool = False
     not_run: tuple[Norm, ...] = ()
-    failed: tuple[tuple[str, str, str], ...] = ()
+    failed: tuple[Failure, ...] = ()
 
     def returning(self, names: tuple[str, ...]) -> Graph:
         """The graph that only has the outputs `names`, such as pooler_output.
@@ -234,8 +249,9 @@ class Graph:
 
     @cached_property
     def behind_outputs(self) -> frozenset[int]:
-        """The values that an output of the whole model depends on, not only one of a tower."""
-        whole = self.returned[: len(self.returned) - len(self.towers)]
+        """The values that an output depends on, save for those that are `apart`."""
+        apart = set(self.apart)
+        whole = tuple(each for each in self.returned if each not in apart)
         return frozenset(self._live(whole)).union(value for _, value in whole)
 
     def _live(self, returned: tuple[tuple[str, int], ...]) -> dict[int, tuple[int, ...]]:

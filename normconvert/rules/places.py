@@ -12,26 +12,28 @@ from normconvert.rules.axes import Shape
 from normconvert.rules.shift import Shift, Shifts
 
 
-def places(graph: Graph) -> dict[int, Recentering]:
+def places(graph: Graph) -> dict[int, tuple[Recentering, ...]]:
     """The values that a module alone makes, or that one alone reads, and where to change them.
 
+    There may be several places for a value: in another pass, it may be another value that is there.
     A norm is no place to recenter in front of: that would be a LayerNorm in two steps.
     """
     norms = graph.norms_by_module
     once = _called_once(graph)
-    found: dict[int, Recentering] = {}
+    found: dict[int, dict[Recentering, None]] = {}
     for call in graph.calls:
         if call.module not in once or not call.module:
             continue
         for key, value in call.inputs:
             if call.module not in norms and _all_within(graph, call.module, value):
-                found.setdefault(value, Recentering(module=call.module, at=f"input {key}"))
+                place = Recentering(module=call.module, at=f"input {key}")
+                found.setdefault(value, {})[place] = None
         value = -1 if call.output is None else call.output
         producer = graph.producers.get(value)
         inside = producer is not None and _within(call.module, graph.nodes[producer].module)
         if inside and not _any_within(graph, call.module, value):
-            found.setdefault(value, Recentering(module=call.module, at="output"))
-    return found
+            found.setdefault(value, {})[Recentering(module=call.module, at="output")] = None
+    return {value: tuple(at) for value, at in found.items()}
 
 
 def _called_once(graph: Graph) -> frozenset[str]:
@@ -76,7 +78,7 @@ def unseen_writers(graph: Graph, norms: Iterable[str], size: int) -> tuple[str, 
     """The parameters that may write to the stream of that size which `norms` read, unseen.
 
     None that the trace read, but what becomes of a tower's output is seen only in a pass of the
-    whole model: where the norms run in one, what only towers read may write to the stream.
+    whole model: where the norms run in one, what only towers apart read may write to the stream.
     """
     made = (out for norm in norms for node in graph.norm_calls[norm] for out in node.outputs)
     of_the_whole = not graph.behind_outputs.isdisjoint(made)
@@ -195,9 +197,9 @@ def place_behind(graph: Graph, shifts: Shifts, value: int) -> Recentering | None
     shift = Shift(len(graph.values[value].shape) - 1)
     found = None
     while True:
-        place = known.get(value)
-        if place is not None and place.at != "output" and value not in outputs:
-            found = place
+        first = known.get(value, ())[:1]
+        if first and first[0].at != "output" and value not in outputs:
+            found = first[0]
         readers = graph.live_consumers.get(value, ())
         if value in outputs or len(readers) != 1 or graph.nodes[readers[0]].inputs != (value,):
             return found

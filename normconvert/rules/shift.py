@@ -29,10 +29,12 @@ class Shift:
     over: str | None = None
 
 
+_ALONG_ALL_AXES = frozenset({"_to_copy", "alias", "clone", "detach", "expand"})
+"""Operations that leave all axes where they are, seen from behind."""
 _ZEROS = frozenset({"zeros", "zeros_like", "new_zeros"})
 KNOWN = frozenset({
     *NONLINEAR, *INDEPENDENT, *PRODUCTS, *_ZEROS, "add", "cat", "convolution", "div", "gather",
-    "index_add", "mean", "mul", "neg", "norm", "stack", "sub", "sum", "where",
+    "index_add", "masked_scatter", "mean", "mul", "neg", "norm", "stack", "sub", "sum", "where",
 })  # fmt: skip
 """Operations that are known to pass a shift on, or known not to."""
 
@@ -80,6 +82,8 @@ class Shifts:
             return self._sum(node, shift)
         if node.op == "index_add":
             return self._index_add(node, operand, shift)
+        if node.op == "masked_scatter":
+            return self._fill_in(node, operand, shift)
         if node.op == "gather":  # takes each coordinate from another place
             return None
         return self._move(node, operand, shift)
@@ -122,6 +126,8 @@ class Shifts:
             return tensors and len(passing) == len(node.inputs)
         if node.op == "where":
             return passing >= {1, 2}
+        if node.op == "masked_scatter":
+            return passing >= {0, 2}
         if node.op in ("addmm", "baddbmm"):
             return 0 in passing and len(passing) == 2
         if node.op == "convolution":
@@ -191,9 +197,36 @@ class Shifts:
         passed = self._elementwise(node, operand, shift)
         if operand == 0 or passed is None or len(node.inputs) < 3:
             return None
-        (output, after), condition = next(iter(passed.items())), self._shape(node.inputs[0])
-        axis = after.axis - len(self._shape(output)) + len(condition)
-        return passed if axis < 0 or condition[axis] == 1 else None
+        (output, after) = next(iter(passed.items()))
+        behind = len(self._shape(output)) - after.axis
+        return passed if self._is_constant(node.inputs[0], behind) else None
+
+    def _fill_in(self, node: Node, operand: int, shift: Shift) -> dict[int, Shift] | None:
+        """`masked_scatter` puts what it is given, one element after the other, in place of others.
+
+        Whole rows of one in place of rows of the other, if both have the same last axis and the
+        mask has none.
+        """
+        value, (output,) = node.inputs[operand], node.outputs
+        before, after = self._shape(value), self._shape(output)
+        last = shift.axis == len(before) - 1 and before[-1] == after[-1]
+        if operand == 1 or not last or not self._is_constant(node.inputs[1], 1):
+            return None
+        return {output: replace(shift, axis=len(after) - 1)}
+
+    def _is_constant(self, value: int, behind: int) -> bool:
+        """Whether `value` is the same along the axis that is so far from behind."""
+        while True:
+            shape = self._shape(value)
+            if len(shape) < behind or shape[-behind] == 1:
+                return True
+            position = self._graph.producers.get(value)
+            if position is None:
+                return False
+            node = self._graph.nodes[position]
+            if node.op not in _ALONG_ALL_AXES:
+                return False
+            value = node.inputs[0]
 
     def _sum(self, node: Node, shift: Shift) -> dict[int, Shift] | None:
         rank = len(self._shape(node.inputs[0]))

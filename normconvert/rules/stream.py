@@ -69,6 +69,10 @@ class _Finder:
         self._untie, self._recenter = untie, recenter
         self._shifts = Shifts(graph, origins)
         self._places = places(graph)
+        self._at: dict[Recentering, set[int]] = {}
+        for value, found in self._places.items():
+            for place in found:
+                self._at.setdefault(place, set()).add(value)
         self._minded: dict[tuple[int, Shift], Stop | None] = {}
         self._minded_untied: dict[tuple[int, Shift], Stop | None] = {}
 
@@ -283,8 +287,7 @@ class _Finder:
         if not self._recenter or not any(self._goes_on(*each) for each in reach.values.items()):
             return next(iter(blocked.values()))
         legal = self._legal(reach)
-        for place in dict.fromkeys(legal.values()):
-            values = {value for value in legal if legal[value] == place}
+        for place, values in legal.items():
             rest = self._reach(seeds, values)
             if not self._blocked(rest, conflicts) and values <= rest.values.keys():
                 return dict.fromkeys(values, place)
@@ -296,14 +299,14 @@ class _Finder:
                 return several
             value, why = next(iter(left.items()))
             nearest = self._nearest(value, rest, legal)
-            if nearest is None or nearest in several:
+            if nearest is None or not several.keys().isdisjoint(legal[nearest]):
                 stop = self._minded.get((value, rest.values[value]))
                 return (
                     Obstacle(stop.reason, unknown=stop.unknown)
                     if stop and value not in self._graph.leaf_names
                     else why
                 )
-            several |= {each: at for each, at in legal.items() if at == legal[nearest]}
+            several |= dict.fromkeys(legal[nearest], nearest)
 
     def _shut(
         self,
@@ -338,12 +341,12 @@ class _Finder:
             return next(iter(left.values())) if left else dict.fromkeys(values, place)
         return obstacle
 
-    def _legal(self, reach: _Reach) -> dict[int, Recentering]:
-        """The values that may be recentered, in order, and where: in every pass at once."""
+    def _legal(self, reach: _Reach) -> dict[Recentering, set[int]]:
+        """Where to recenter is legal, in order, and the values that are there in all the passes."""
         order = sorted(reach.values, key=lambda value: self._graph.producers.get(value, -1))
-        found = {v: p for v in order if (p := self._place(v, reach.values[v])) is not None}
-        missed = {place for value, place in self._places.items() if value not in found}
-        return {value: place for value, place in found.items() if place not in missed}
+        found = dict.fromkeys(place for value in order for place in self._places.get(value, ()))
+        movable = {value for value in order if self._movable(value, reach.values[value])}
+        return {place: self._at[place] for place in found if self._at[place] <= movable}
 
     def _goes_on(self, value: int, shift: Shift) -> bool:
         """Whether a LayerNorm reads `value` and it is passed on as well: a residual stream.
@@ -359,23 +362,22 @@ class _Finder:
                     passed |= not absorbs and bool(self._shifts.through(position, operand, shift))
         return absorbed and passed
 
-    def _nearest(self, value: int, reach: _Reach, legal: Mapping[int, Recentering]) -> int | None:
+    def _nearest(
+        self, value: int, reach: _Reach, legal: Mapping[Recentering, set[int]]
+    ) -> Recentering | None:
         """The first place on the way from `value` into the stream."""
         waiting, seen = [value], {value}
         while waiting:
             current = waiting.pop(0)
-            if current in legal:
-                return current
+            at = next((place for place, values in legal.items() if current in values), None)
+            if at is not None:
+                return at
             for position in self._graph.live_consumers.get(current, ()):
                 for output in self._graph.nodes[position].outputs:
                     if output in reach.values and output not in seen:
                         seen.add(output)
                         waiting.append(output)
         return None
-
-    def _place(self, value: int, shift: Shift) -> Recentering | None:
-        """How to recenter `value` for all that read it, if that is legal and possible."""
-        return self._places.get(value) if self._movable(value, shift) else None
 
     def _movable(self, value: int, shift: Shift) -> bool:
         """Whether nothing minds if `value` is shifted, by one number along its last axis."""

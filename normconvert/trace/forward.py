@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 from normconvert.errors import TraceError, first_line
 from normconvert.model_inputs import optional_inputs, trace_inputs
 from normconvert.trace.caches import forgetting
+from normconvert.trace.casting import casting_anew
 from normconvert.trace.naming import readable_numbers
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def output_of(
             inputs[name] = given.to(model.dtype)
     more = _handing_in(model, *optional) if optional else nullcontext()
     recorder.computes = recorder.invents or any(map(_is_known, inputs.values()))
-    with forgetting(model), readable_numbers(), more, calls, recorder:
+    with forgetting(model), readable_numbers(), casting_anew(), more, calls, recorder:
         return (run or model)(**inputs)
 
 
@@ -95,7 +96,7 @@ def values_of(
     found = []
     for path, leaf in tree_leaves_with_path(output):
         name = ".".join(re.findall(r"\w+", keystr(path)))
-        if fields is not None and name.partition(".")[0] not in fields:
+        if fields is not None and field(name) not in fields:
             continue
         if isinstance(leaf, torch.Tensor):
             found.append((name, recorder.value(leaf)))
@@ -105,6 +106,11 @@ def values_of(
                 "holds is not known; let it return a ModelOutput, a dict or a tuple."
             )
     return found
+
+
+def field(name: str) -> str:
+    """Of which field an output is: its name, without the numbers of its elements."""
+    return re.sub(r"\.\d+\b", "", name)
 
 
 _SEEN_THROUGH = (bool, int, float, str, type(None), Cache)  # no tensors, or only a cache's

@@ -28,6 +28,7 @@ from normconvert.errors import TraceError
 from normconvert.ir.graph import Tie
 from normconvert.source import Checkpoint
 from normconvert.torch_dtypes import TORCH_DTYPE
+from normconvert.trace.casting import casting_anew
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,37 +40,12 @@ if TYPE_CHECKING:
 
 def build(model_class: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The model without weights, in the implementations whose operations are the plainest."""
-    with initialization.no_init_weights(), initialization.no_tie_weights(), _cast_anew():
+    with initialization.no_init_weights(), initialization.no_tie_weights(), casting_anew():
         model = model_class._from_config(config, dtype=dtype, attn_implementation="eager")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")
     model.eval()
     return model
-
-
-@contextmanager
-def _cast_anew() -> Iterator[None]:
-    """Inside, `module.to(dtype)` makes new parameters: torch cannot exchange fake ones in place."""
-    before = torch.nn.Module._apply
-    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Module._apply = before  # type: ignore[method-assign]
-
-
-def _apply(
-    module: torch.nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-) -> torch.nn.Module:
-    for child in module.children() if recurse else ():
-        child._apply(change)  # type: ignore[no-untyped-call]
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            changed = torch.nn.Parameter(change(parameter), parameter.requires_grad)
-            module._parameters[name] = changed
-    for name, buffer in module._buffers.items():
-        module._buffers[name] = None if buffer is None else change(buffer)
-    return module
 
 
 def load(

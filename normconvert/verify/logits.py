@@ -279,6 +279,9 @@ def _named_outputs(name: str, output: Any, returns: tuple[str, ...]) -> dict[str
         pooled = tree_leaves(getattr(output, "pooler_output", None))
         if pooled[0] is not None:  # of each image, what the text model reads
             found[f"{name}, pooled"] = torch.cat([each.flatten(0, -2) for each in pooled])
+        for field in getattr(output, "keys", tuple)():
+            if field.endswith("_embeds") and getattr(output[field], "ndim", 0) > 1:
+                found[f"{name}, {field}"] = output[field]  # what is compared to be the logits
     return {name: tensor.flatten(0, -2).cpu() for name, tensor in found.items()}
 
 

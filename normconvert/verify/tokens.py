@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
+from normconvert.images import accepted
 from normconvert.model_inputs import (
     longest,
     main_input,
@@ -19,6 +20,7 @@ from normconvert.model_inputs import (
     reads_ids,
 )
 from normconvert.precision import computing_in
+from normconvert.towers import images_beside
 from normconvert.verify.placement import input_device, on_disk
 from normconvert.verify.stored import Stored
 
@@ -60,8 +62,27 @@ def input_sets(
         if other is not None:
             tokens |= _differing_tokens(model, checkpoint, other, length, generator)
         sets = {name: plain_inputs(model, ids, ids) for name, ids in tokens.items()}
+        sets = _with_images(model, generator, sets)
     sets |= _optional_sets(model, length, generator, [*sets.values()][-1])
     return tree_map(moved_to(model), sets), notes
+
+
+def _with_images(
+    model: Any, generator: torch.Generator, sets: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The `sets` of text, with images if the model cannot do without: one that writes text can."""
+    if model.can_generate() or "pixel_values" not in accepted(model.forward):
+        return sets
+    try:
+        with torch.no_grad(), computing_in(model.dtype):
+            model(**tree_map(moved_to(model), next(iter(sets.values()))))
+    except Exception:  # whatever a model raises that has no images
+        draw = partial(drawn_like, generator)
+        return {
+            name: inputs | tree_map(draw, images_beside(model, len(inputs["input_ids"])))
+            for name, inputs in sets.items()
+        }
+    return sets
 
 
 def _differing_tokens(
@@ -114,6 +135,13 @@ def _optional_sets(
     except Exception:  # whatever a model raises that has no use for them
         return {}
     return {f"with {', '.join(zeros)}": inputs}
+
+
+def drawn_like(generator: torch.Generator, given: Any) -> Any:
+    """Random numbers for zeros, but not for sizes and tokens."""
+    if not isinstance(given, torch.Tensor) or not given.is_floating_point():
+        return given
+    return random_like(generator, given)
 
 
 def random_like(generator: torch.Generator, zeros: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ CLASSES = (
     "Gemma4ForConditionalGeneration", "Idefics2ForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration", "AriaForConditionalGeneration",
     "Ovis2ForConditionalGeneration", "Llama4ForConditionalGeneration",
-    "T5Gemma2ForConditionalGeneration", "OpenELMForCausalLM",
+    "T5Gemma2ForConditionalGeneration", "OpenELMForCausalLM", "CLIPModel", "SiglipModel",
 )  # fmt: skip
 
 # Other forms of types, as the zoo has them: tied and untied, block layouts, with and without parts.
