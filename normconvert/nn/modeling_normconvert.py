@@ -1010,19 +1010,19 @@ def change_modules(model: nn.Module, changes: dict[str, Any]) -> None:
         _alter(model.get_submodule(each["module"]), each["at"], change)
 
 
-class _LateCRMSNorm(_Norm):
+class _LateCRMSNorm(CRMSNorm):
     """A CRMSNorm whose output is expanded, and gets gain and bias, by a `late` second call.
 
     In a call accelerate lends it weights that are elsewhere: [..., d - 1], late → [..., d].
     """
 
-    def __init__(self, size: int, eps: float, *, expand: bool, **options: Any) -> None:
+    def __init__(self, size: int, eps: float, **options: Any) -> None:
         super().__init__(size, eps, **options)
-        self._set_shape(used=size - 1, lacks=True, adds=expand, divided=True)
-        self.first = CRMSNorm(size, eps)
+        self._set_shape(used=size - 1, lacks=True, adds=True, divided=True)
+        self.first = (CRMSNorm(size, eps),)  # which is no part of the model
 
     def forward(self, x: torch.Tensor, late: bool = False) -> torch.Tensor:
-        return _Norm.forward(self, x) if late else self.first.forward(x)
+        return super().forward(x) if late else self.first[0].forward(x)
 
     def _operations(self, x: torch.Tensor, weight: Factor, bias: Factor) -> torch.Tensor:
         full = expand(_wide(x))
