@@ -169,6 +169,11 @@ def test_wrong_usage(arguments: list[str], tmp_path: Path) -> None:
     assert result.out == ""
     assert "Error: " in result.err
     assert "Traceback" not in result.err
+    in_json = run_here(*arguments, "--json", cwd=tmp_path)
+    assert (in_json.status, in_json.err) == (2, result.err)
+    error = in_json.json()["error"]
+    assert error["code"] == "usage"
+    assert error["message"] in " ".join(result.err.split())
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -579,7 +584,39 @@ def test_verify_what_cannot_be_compared(originals: Path, tmp_path: Path) -> None
     with nothing_written(tmp_path):
         verify(tmp_path, originals / "llama", "nowhere").assert_refused("nowhere")
         verify(tmp_path, "nowhere", "nowhere", "--json", "-").assert_refused(code="source")
-        verify(tmp_path, "nowhere", "nowhere", "--json", "report.json").assert_refused("nowhere")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_no_older_report_survives_what_is_refused(old: bool, tmp_path: Path) -> None:
+    """Who reads the files alone must not take an earlier answer for this one."""
+    report, page = tmp_path / "report.json", tmp_path / "page.html"
+    for path in (report, page) if old else ():
+        path.write_text('{"equivalent": true}')
+    files = (f"--json={report}", "--report", page)
+    verify(tmp_path, "nowhere", "nowhere", *files).assert_refused("nowhere")
+    error = json.loads(report.read_text())["error"]
+    assert (error["code"], error["message"].split()[0]) == ("source", "nowhere")
+    assert not page.exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_no_older_report_survives_wrong_usage(old: bool, tmp_path: Path) -> None:
+    report, page = tmp_path / "report.json", tmp_path / "page.html"
+    for path in (report, page) if old else ():
+        path.write_text('{"equivalent": true}')
+    arguments = ("nowhere", "--json", report, "--report", page)  # and no other
+    assert verify(tmp_path, *arguments).status == 2
+    if old:
+        assert json.loads(report.read_text())["error"]["code"] == "usage"
+    assert [*tmp_path.iterdir()] == ([report] if old else [])
+
+
+def test_reports_that_are_no_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    verify(tmp_path, "a", "b", "--json", "/dev/null", "--report", "pipe").assert_refused("a")
+    assert verify(tmp_path, "a", "b", "--report", "page.html").status == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "page.html"}
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)])

@@ -199,6 +199,12 @@ def read_text(path: Path) -> str:
         raise NormconvertError(f"{path} is not UTF-8 text; give --text another file.") from error
 
 
+def discard(file: Path) -> None:
+    """Remove the report of an earlier run, which nobody should take for this one's."""
+    if file.is_file():
+        file.unlink()
+
+
 def limits(given: list[str]) -> dict[int | str, int | str]:
     """Device -> how much it may hold, of arguments such as cpu=8GiB."""
     found: dict[int | str, int | str] = {}
