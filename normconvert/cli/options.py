@@ -46,7 +46,8 @@ Target = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")]
 NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
+    bool,
+    typer.Option("--no-verify", help="Make no certificate at the end, and compare no logits."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 Resume = Annotated[

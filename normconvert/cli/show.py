@@ -36,6 +36,7 @@ class Stdout(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_NOT_VERIFIED = "Not verified: no certificate was made, and no logits were compared."
 _LAYER = re.compile(r"(?<=\.)\d+\b")
 
 
@@ -176,10 +177,12 @@ def show_conversion(report: Conversion) -> None:
     if report.status == "planned":
         console.print("Dry run: nothing was written.")
         return
-    if report.verification is not None:
+    if report.verification is None:
+        console.print(_NOT_VERIFIED, soft_wrap=True)
+    else:
         show_equivalence(report.verification)
-    if plan.changed("prmsnorm"):
-        console.print("A pRMSNorm is an approximation: this is how far it moves the model.")
+        if plan.changed("prmsnorm"):
+            console.print("A pRMSNorm is an approximation: this is how far it moves the model.")
     if report.status == "rejected":
         console.print("[red]The output is not equivalent; it was removed.[/]")
     elif report.output is not None:
