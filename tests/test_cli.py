@@ -692,6 +692,37 @@ def test_a_home_that_nobody_has(originals: Path, tmp_path: Path) -> None:
 def test_inspect_notices_a_conversion(converted: Path) -> None:
     result = run_here("inspect", converted, cwd=converted.parent)
     assert "Converted already (flashnorm)" in result.out
-    assert run_here("inspect", converted, "--json", cwd=converted.parent).json()["done"] == [
-        "flashnorm"
-    ]
+    assert result.out.count("│ folded") == 3
+    assert "q_proj, k_proj" in result.out
+    assert " folds" not in result.out
+    assert "stays" not in result.out
+    assert "would read" not in result.out
+    report = run_here("inspect", converted, "--json", cwd=converted.parent).json()
+    assert report["done"] == ["flashnorm"]
+    assert (report["plan"]["edits"], report["changed_tensors"]) == ([], 0)
+    cost = report["cost"]
+    assert (cost["read_bytes"], cost["written_bytes"], cost["seconds"]) == (0, 0, 0)
+
+
+def test_inspect_says_what_a_conversion_left(originals: Path, tmp_path: Path) -> None:
+    """The gain in front of the tied head stays, until the head is untied."""
+    command = ("flashnorm", originals / "llama_tied", "--no-verify", "-o", "out")
+    assert run_here(*command, cwd=tmp_path).status == 0
+    left = run_here("inspect", "out", cwd=tmp_path).out
+    assert left.count("│ folded") == 2
+    assert "model.norm stays: its reader lm_head.weight is tied to" in left
+    assert "Converted already" in left
+    more = run_here("inspect", "out", "--tied", "untie", cwd=tmp_path).out
+    assert more.count("│ folded") == 2
+    assert "\n1 of 7 norms fold: " in more
+    assert "Converted already" not in more
+
+
+def test_inspect_of_centered_weights(originals: Path, tmp_path: Path) -> None:
+    command = ("rmsnorm", originals / "gpt2", "--format", "stock", "--tied", "untie", "-o", "out")
+    assert run_here(*command, "--no-verify", cwd=tmp_path).status == 0
+    result = run_here("inspect", "out", cwd=tmp_path)
+    assert "Converted already (rmsnorm, flashnorm)" in result.out
+    assert "folds" not in result.out
+    assert "converts" not in result.out
+    assert result.out.count("│ converted") == 3

@@ -17,7 +17,7 @@ from rich.table import Table
 from normconvert.cli.amounts import duration as _duration
 from normconvert.cli.amounts import size as _size
 from normconvert.cli.verdict import certified, rows, why
-from normconvert.ir.plan import Plan, Verdict
+from normconvert.ir.plan import IDENTITY, Plan, Verdict
 from normconvert.ir.report import (
     Algebra,
     Certificate,
@@ -62,6 +62,7 @@ def show_inspection(report: Inspection) -> None:
         else {}
     )
     groups = _grouped(plan.verdicts, becomes)
+    converts = "converted" if "rmsnorm" in report.done else "converts"
     table = Table(title=escape(f"{plan.model}: {report.model}"), title_justify="left", expand=False)
     table.add_column("Norm", overflow="fold")
     table.add_column("", justify="right")
@@ -72,16 +73,16 @@ def show_inspection(report: Inspection) -> None:
         table.add_column("RMSNorm")
     for group, count in groups.items():
         cells = [group.norm, f"×{count}", group.computes, group.readers]
-        cells += [_verdict(group.action != "keep", "folds")]
-        cells += [_verdict(group.becomes, "converts")] if becomes else []
+        cells += [_folding(group)]
+        cells += [_verdict(group.becomes, converts)] if becomes else []
         table.add_row(*cells)
     console.print(table)
     for group in groups:
-        if group.action == "keep":
+        if group.action == "keep" and group.reason != IDENTITY:
             console.print(f"[yellow]{group.norm}[/] stays: {group.reason}.", soft_wrap=True)
     for group in _grouped(v for v in becomes.values() if v.action == "keep"):
         console.print(f"[yellow]{group.norm}[/] stays what it is: {group.reason}.", soft_wrap=True)
-    if report.done:
+    if report.done and not plan.edits:
         rules = ", ".join(report.done)
         console.print(f"Converted already ({rules}): the same again would change nothing.")
         return
@@ -130,6 +131,13 @@ def _show_unknown(console: Console, *plans: Plan | None) -> None:
             "around it.",
             soft_wrap=True,
         )
+
+
+def _folding(group: _Group) -> str:
+    """A gain that is 1 in what was converted has been folded: no other is looked at."""
+    if group.reason == IDENTITY:
+        return "[green]folded[/]"
+    return _verdict(group.action != "keep", "folds")
 
 
 def _verdict(changes: bool, word: str) -> str:
