@@ -37,6 +37,7 @@ class Stdout(Console):
 
 
 _NOT_VERIFIED = "Not verified: no certificate was made, and no logits were compared."
+_SPEED_ELSEWHERE = "inspect --disk-speed"  # which is no option of the converting commands
 _LAYER = re.compile(r"(?<=\.)\d+\b")
 
 
@@ -52,8 +53,8 @@ class _Group:
     becomes: bool
 
 
-def show_inspection(report: Inspection) -> None:
-    """The table of norms, the reasons of those that stay, the totals."""
+def show_inspection(report: Inspection, *, option: str = "--disk-speed") -> None:
+    """The table of norms, the reasons of those that stay, the totals; `option` sets the speed."""
     console = Stdout(highlight=False, emoji=False)
     plan = report.plan
     becomes = (
@@ -93,7 +94,7 @@ def show_inspection(report: Inspection) -> None:
         + (f", the output grows by {_size(report.added_bytes)}." if report.added_bytes else "."),
         soft_wrap=True,
     )
-    _show_cost(console, report.cost)
+    _show_cost(console, report.cost, "Folding", option)
     if report.untied_bytes > report.added_bytes:
         console.print(f"With --tied untie the output would grow by {_size(report.untied_bytes)}.")
     if report.rmsnorm is not None:
@@ -102,11 +103,16 @@ def show_inspection(report: Inspection) -> None:
     _show_notes(console, plan.notes)
 
 
-def _show_cost(console: Console, cost: Cost) -> None:
+def _show_cost(console: Console, cost: Cost, what: str, option: str) -> None:
+    if not cost.written_bytes:  # there is nothing to do
+        return
+    moving = (cost.read_bytes + cost.written_bytes) / cost.disk_speed
+    starting = ", most of it the start of the program" if moving < cost.seconds / 2 else ""
     console.print(
-        f"Folding would read {_size(cost.read_bytes)}, write {_size(cost.written_bytes)} and take "
+        f"{what} would read {_size(cost.read_bytes)}, write {_size(cost.written_bytes)} and take "
         f"{_size(cost.peak_bytes)} of memory; on a disk of {_size(cost.disk_speed)}/s "
-        f"(--disk-speed) that is {_duration(cost.seconds)}, without the verification.",
+        f"({option}) that is about {_duration(cost.seconds)}{starting}, without the "
+        "verification.",
         soft_wrap=True,
     )
 
@@ -158,7 +164,7 @@ def show_conversion(report: Conversion) -> None:
         )
         return
     if report.status == "planned" and plan.rules == ("flashnorm",):
-        show_inspection(inspection)
+        show_inspection(inspection, option=_SPEED_ELSEWHERE)
         console.print("Dry run: nothing was written.")
         return
     rewritten = (
@@ -183,6 +189,7 @@ def show_conversion(report: Conversion) -> None:
     _show_unknown(console, plan)
     _show_notes(console, plan.notes)
     if report.status == "planned":
+        _show_cost(console, inspection.cost, "Converting", _SPEED_ELSEWHERE)
         console.print("Dry run: nothing was written.")
         return
     if report.verification is None:
