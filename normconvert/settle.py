@@ -180,7 +180,7 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
     if native:
         raise PlanError(f"{checkpoint.model} is in the native format; give --format native.")
     for rewrite in {"crmsnorm", "prmsnorm"} & set(request.rewrites):
-        raise PlanError(f"No stock model has the norms of {rewrite}; give --format native.")
+        raise PlanError(f"No stock model has the norms of {rewrite}; the format has to be native.")
 
 
 def _instead(request: Request) -> str:
