@@ -16,6 +16,7 @@ from rich.table import Table
 
 from normconvert.cli.amounts import duration as _duration
 from normconvert.cli.amounts import size as _size
+from normconvert.cli.parting import parting
 from normconvert.cli.verdict import certified, rows, why
 from normconvert.ir.plan import IDENTITY, Plan, Verdict
 from normconvert.ir.report import (
@@ -246,13 +247,8 @@ def show_equivalence(report: Equivalence) -> None:
     _show_notes(console, report.notes)
     verdict = "[green]Equivalent[/]" if report.equivalent else "[red]Not equivalent[/]"
     console.print(f"{verdict}: {why(report)}", soft_wrap=True)
-    if report.parts_at is not None:
-        layer = next(layer for layer in report.layers if layer.module == report.parts_at)
-        console.print(
-            f"The two part at {escape(layer.module)}: behind it their states differ by "
-            f"{layer.rms:.1e} (RMS; the noise floor is {layer.floor:.1e}).",
-            soft_wrap=True,
-        )
+    if (sentence := parting(report)) is not None:
+        console.print(escape(sentence), soft_wrap=True)
 
 
 def _show_generation(console: Console, generation: Generation) -> None:
