@@ -223,5 +223,5 @@ class Conversion:
             "output": self.output,
             "inspection": self.inspection.to_json(),
             "verification": self.verification and self.verification.to_json(),
-            **({"pushed": self.pushed} if self.pushed else {}),
+            "pushed": self.pushed,
         }
