@@ -151,7 +151,7 @@ def convert(
         if stream:
             from normconvert.stream import write_stream
 
-            verification = write_stream(
+            verification, kept = write_stream(
                 plan,
                 base,
                 staged.path,
@@ -162,7 +162,7 @@ def convert(
                 listen=listen,
             )
         else:
-            write(plan, base, staged.path, manifest, listen, processes)
+            kept = write(plan, base, staged.path, manifest, listen, processes)
             written = replace(_open(staged.path, None, model_class), model=str(place))
             verification = (
                 _verified(
@@ -185,6 +185,7 @@ def convert(
         inspection=inspection,
         verification=verification,
         pushed=pushed,
+        kept_shards=kept if resume else None,
     )
 
 

@@ -193,6 +193,9 @@ def show_conversion(report: Conversion) -> None:
         _show_cost(console, inspection.cost, "Converting", _SPEED_ELSEWHERE)
         console.print("Dry run: nothing was written.")
         return
+    if (count := report.kept_shards) is not None:
+        shards = {0: "no shard", 1: "1 shard"}.get(count, f"{count} shards")
+        console.print(f"Resumed: {shards} of an earlier run stayed.")
     if report.verification is None:
         console.print(_NOT_VERIFIED, soft_wrap=True)
     else:
