@@ -40,7 +40,9 @@ def inspect(
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Inspection:
-    """What the rewrites would do to `model`, a local folder or a Hub id. Reads headers only.
+    """What the rewrites would do to `model`, a local folder or a Hub id.
+
+    Reads headers only; of a conversion also its gains, which tell what is left to do.
 
     `disk_speed`, in bytes per second, is what the time is reckoned with. `returns` and
     `model_class` as in `convert`.
@@ -48,12 +50,12 @@ def inspect(
     Raises:
         NormconvertError: the checkpoint cannot be read or its model cannot be traced.
     """
-    from normconvert.inspection import inspection_of
+    from normconvert.inspection import inspection_of, plan_to_show
     from normconvert.planner import REWRITES, make_plan
 
     checkpoint = _open(model, revision, model_class, _to_plan(trust_remote_code))
     graph = _graph(checkpoint, returns, trust_remote_code, listen)
-    plan = make_plan(graph, checkpoint, REWRITES["flashnorm"], tied=tied)
+    plan = plan_to_show(graph, checkpoint, tied)
     inspection = inspection_of(graph, checkpoint, plan, disk_speed)
     if not any(norm.kind == "layernorm" for norm in graph.norms):
         return inspection
@@ -149,7 +151,7 @@ def convert(
         if stream:
             from normconvert.stream import write_stream
 
-            verification = write_stream(
+            verification, kept = write_stream(
                 plan,
                 base,
                 staged.path,
@@ -160,7 +162,7 @@ def convert(
                 listen=listen,
             )
         else:
-            write(plan, base, staged.path, manifest, listen, processes)
+            kept = write(plan, base, staged.path, manifest, listen, processes)
             written = replace(_open(staged.path, None, model_class), model=str(place))
             verification = (
                 _verified(
@@ -183,6 +185,7 @@ def convert(
         inspection=inspection,
         verification=verification,
         pushed=pushed,
+        kept_shards=kept if resume else None,
     )
 
 

@@ -25,8 +25,11 @@ _PER_THREAD = 12_000_000  # bytes of the blocks that are computed
 def estimate(plan: Plan, checkpoint: Checkpoint, disk_speed: int = DISK_SPEED) -> Cost:
     """The cost of writing what `plan` describes, without the verification.
 
-    `disk_speed` is in bytes per second, of reading and writing alike.
+    `disk_speed` is in bytes per second, of reading and writing alike. A plan that changes nothing
+    is not carried out.
     """
+    if not plan.edits and not plan.omitted and plan.native is None:
+        return Cost(read_bytes=0, written_bytes=0, peak_bytes=0, disk_speed=disk_speed, seconds=0.0)
     stored = checkpoint.tensors
     sizes = {name: tensor.nbytes for name, tensor in stored.items()}
     shapes = {name: tensor.shape for name, tensor in stored.items()}

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from normconvert.cost import DISK_SPEED, estimate
 from normconvert.ir.report import Inspection
-from normconvert.planner import make_plan
-from normconvert.settle import rules_done
+from normconvert.planner import REWRITES, make_plan
+from normconvert.settle import gains_that_stay, rules_done
 
 if TYPE_CHECKING:
     from normconvert.ir.graph import Graph
-    from normconvert.ir.plan import Format, Plan
+    from normconvert.ir.plan import Format, Plan, Tied
     from normconvert.source import Checkpoint
+
+
+def plan_to_show(graph: Graph, checkpoint: Checkpoint, tied: Tied) -> Plan:
+    """The plan of flashnorm; of what is converted already, only what is left of it to do."""
+    plan_with = partial(make_plan, graph, checkpoint, REWRITES["flashnorm"], tied=tied)
+    plan = plan_with()
+    if not rules_done(checkpoint):
+        return plan
+    rest = plan_with(keep=gains_that_stay(plan, checkpoint))
+    verdicts = (  # a norm whose gain has moved is read all the same
+        replace(after, readers=before.readers)
+        for before, after in zip(plan.verdicts, rest.verdicts, strict=True)
+    )
+    return replace(rest, verdicts=tuple(verdicts))
 
 
 def inspection_of(

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, get_args
 
 from normconvert.errors import PlanError, TraceError
 from normconvert.ir.native import native_of, starred
-from normconvert.ir.plan import Dtype, Format, Tied
+from normconvert.ir.plan import IDENTITY, Dtype, Format, Tied
 from normconvert.models import OWN_TYPES
 from normconvert.planner import REWRITES, make_plan
-from normconvert.rewrite import IDENTITY, examine, preview, rules_in_manifest
+from normconvert.rewrite import examine, preview, rules_in_manifest
 from normconvert.source import at_hand
 from normconvert.trace import trace
 
@@ -63,10 +63,7 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
         dtype=request.dtype,
         fraction=request.fraction,
     )
-    first = plan_with()
-    vectors = {name for verdict in first.folded for name in (verdict.gain, verdict.bias) if name}
-    with at_hand(checkpoint, vectors) as near:
-        keep = examine(first, near)
+    keep = gains_that_stay(plan_with(), checkpoint)
     plan = plan_with(keep=keep)
     already = bool(asked & done) or any(v.reason == IDENTITY for v in plan.verdicts)
     if _does_what_was_asked(plan, request) or (already and plan.edits):
@@ -79,6 +76,13 @@ def settle(graph: Graph, checkpoint: Checkpoint, request: Request) -> tuple[Plan
         f"No norm of {checkpoint.model} can be {_DONE[request.rewrites[-1]]}: "
         f"{_why_not(plan, request.rewrites[-1])}"
     )
+
+
+def gains_that_stay(plan: Plan, checkpoint: Checkpoint) -> dict[str, str]:
+    """The norms among the plan's folds whose values say that they stay, each with the reason."""
+    vectors = {name for verdict in plan.folded for name in (verdict.gain, verdict.bias) if name}
+    with at_hand(checkpoint, vectors) as near:
+        return examine(plan, near)
 
 
 def rules_done(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -178,7 +182,7 @@ def _require_possible(checkpoint: Checkpoint, request: Request) -> None:
     if native:
         raise PlanError(f"{checkpoint.model} is in the native format; give --format native.")
     for rewrite in {"crmsnorm", "prmsnorm"} & set(request.rewrites):
-        raise PlanError(f"No stock model has the norms of {rewrite}; give --format native.")
+        raise PlanError(f"No stock model has the norms of {rewrite}; the format has to be native.")
 
 
 def _instead(request: Request) -> str:

@@ -88,7 +88,7 @@ def write_stream(
     certified: bool,
     send: Callable[[Path], bool] | None,
     listen: Listener,
-) -> Equivalence | None:
+) -> tuple[Equivalence | None, int]:
     """Write the checkpoint that `plan` describes into `folder`, as `write` does.
 
     The folder is empty, or holds what was streamed of the same conversion before it was broken off:
@@ -96,6 +96,7 @@ def write_stream(
     than `source_bytes` says. A shard of the output is removed if `send` has said that it may be.
     If it is to be `certified`, the first shard that is not what the plan makes of the source is the
     last one, and is not sent. `goal` is where the output will be, for the verdict.
+    Returns the verdict, if it was to be certified, and how many shards stayed.
 
     Raises:
         SourceError: the Hub does not give what is needed.
@@ -106,6 +107,7 @@ def write_stream(
     written: list[Shard] = []
     with writing(folder):
         certificates = _before(folder, layouts, manifest, certified=certified)
+        kept = len(certificates)
         empty(folder, keeping={_RECORD, *certificates})
         missing = [each.size for each in layouts if each.shard.name not in certificates]
         needed = max(missing, default=0) if send else sum(missing)
@@ -121,7 +123,7 @@ def write_stream(
                     )
             written.append(_shard(folder / name))
             if not _passes(certificates[name]):
-                return _verdict(plan, checkpoint, goal, certificates)
+                return _verdict(plan, checkpoint, goal, certificates), kept
             if send is None:
                 _note(folder, name, manifest, certificates)
             elif send(folder / name):
@@ -130,11 +132,11 @@ def write_stream(
             listen(Event("streaming", done, total))
         (folder / _RECORD).unlink(missing_ok=True)
     if not certified:
-        return None
+        return None, kept
     config = read_json(folder / "config.json")
     whole = replace(checkpoint, folder=folder, config=config, shards=tuple(written))
     certificates[""] = certify_form(plan, checkpoint, whole)
-    return _verdict(plan, checkpoint, goal, certificates)
+    return _verdict(plan, checkpoint, goal, certificates), kept
 
 
 def source_bytes(layouts: tuple[Layout, ...]) -> int:

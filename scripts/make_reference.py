@@ -29,7 +29,8 @@ CLI_HEAD = f"""# The commands
 
 {_MADE}
 
-`normconvert COMMAND --help` says the same, at once: nothing heavy is imported for it.
+`normconvert COMMAND --help` has the same options and texts, at once: nothing heavy is imported for
+it. (What stands for an option's value is written there as your Typer writes it.)
 
 Results go to stdout; progress, which only a terminal gets to see, and errors go to stderr.
 
@@ -109,9 +110,11 @@ def _cli_parameters(callback: Any) -> Iterator[_Parameter]:
         names = [name for name in given if isinstance(name, str)]
         signs = ", ".join(names or [f"--{parameter.name.replace('_', '-')}"])
         default = "" if parameter.default in (None, False) else f"`{parameter.default}`"
+        if isinstance(info.show_default, str):
+            default = f"`{info.show_default}`"
         if parameter.default is parameter.empty:
             default = "required"
-        value = _value(kind).replace("|", "\\|")
+        value = info.metavar or _value(kind).replace("|", "\\|")
         yield _Parameter(f"{signs} {value}".rstrip(), info.help or "", default, True)
 
 

@@ -169,6 +169,11 @@ def test_wrong_usage(arguments: list[str], tmp_path: Path) -> None:
     assert result.out == ""
     assert "Error: " in result.err
     assert "Traceback" not in result.err
+    in_json = run_here(*arguments, "--json", cwd=tmp_path)
+    assert (in_json.status, in_json.err) == (2, result.err)
+    error = in_json.json()["error"]
+    assert error["code"] == "usage"
+    assert error["message"] in " ".join(result.err.split())
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -264,7 +269,12 @@ def test_every_file_comes_along(originals: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "notes.txt").write_text("kept")
     (source / "linked").symlink_to(tmp_path / "elsewhere")
     (source / "empty" / "circle").symlink_to(source)
-    assert run_here("flashnorm", "llama", "--no-verify", cwd=tmp_path).status == 0
+    result = run_here("flashnorm", "llama", "--no-verify", cwd=tmp_path)
+    assert result.status == 0
+    assert result.out.splitlines()[1:] == [
+        "Not verified: no certificate was made, and no logits were compared.",
+        "Wrote llama-flashnorm",
+    ]
     output = tmp_path / "llama-flashnorm"
     assert list((output / "empty").iterdir()) == []
     assert (output / "linked" / "notes.txt").read_text() == "kept"
@@ -477,7 +487,9 @@ def test_the_page(converted: Path, originals: Path, tmp_path: Path) -> None:
     good, bad = tmp_path / "good.html", tmp_path / "bad.html"
     assert verify(tmp_path, originals / "llama", converted, "--report", good).status == 0
     odd = Path(shutil.copytree(originals / "other", tmp_path / "<b>odd & ends"))
-    assert verify(tmp_path, originals / "llama", odd, "--report", bad).status == 1
+    differing = verify(tmp_path, originals / "llama", odd, "--report", bad)
+    assert differing.status == 1
+    (parting,) = (line for line in differing.out.splitlines() if line.startswith("The two part"))
     for path, words in (
         (
             good,
@@ -487,6 +499,8 @@ def test_the_page(converted: Path, originals: Path, tmp_path: Path) -> None:
                 "7 rewritten norms",
                 "perplexity, original",
                 "up to 4 is equivalent",
+                "<th class='row'>  noise floor</th>",
+                "th.row { white-space: pre }",
                 "all of 16 tokens are the same",
             ],
         ),
@@ -494,7 +508,7 @@ def test_the_page(converted: Path, originals: Path, tmp_path: Path) -> None:
             bad,
             [
                 "<h1 class='bad'>Not equivalent",
-                "part at <code>model.layers.0",
+                f"{parting}</p>",
                 "&lt;b&gt;odd",
                 "of 16 tokens are the same",
             ],
@@ -579,7 +593,39 @@ def test_verify_what_cannot_be_compared(originals: Path, tmp_path: Path) -> None
     with nothing_written(tmp_path):
         verify(tmp_path, originals / "llama", "nowhere").assert_refused("nowhere")
         verify(tmp_path, "nowhere", "nowhere", "--json", "-").assert_refused(code="source")
-        verify(tmp_path, "nowhere", "nowhere", "--json", "report.json").assert_refused("nowhere")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_no_older_report_survives_what_is_refused(old: bool, tmp_path: Path) -> None:
+    """Who reads the files alone must not take an earlier answer for this one."""
+    report, page = tmp_path / "report.json", tmp_path / "page.html"
+    for path in (report, page) if old else ():
+        path.write_text('{"equivalent": true}')
+    files = (f"--json={report}", "--report", page)
+    verify(tmp_path, "nowhere", "nowhere", *files).assert_refused("nowhere")
+    error = json.loads(report.read_text())["error"]
+    assert (error["code"], error["message"].split()[0]) == ("source", "nowhere")
+    assert not page.exists()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_no_older_report_survives_wrong_usage(old: bool, tmp_path: Path) -> None:
+    report, page = tmp_path / "report.json", tmp_path / "page.html"
+    for path in (report, page) if old else ():
+        path.write_text('{"equivalent": true}')
+    arguments = ("nowhere", "--json", report, "--report", page)  # and no other
+    assert verify(tmp_path, *arguments).status == 2
+    if old:
+        assert json.loads(report.read_text())["error"]["code"] == "usage"
+    assert [*tmp_path.iterdir()] == ([report] if old else [])
+
+
+def test_reports_that_are_no_files_stay(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    verify(tmp_path, "a", "b", "--json", "/dev/null", "--report", "pipe").assert_refused("a")
+    assert verify(tmp_path, "a", "b", "--report", "page.html").status == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"pipe", "page.html"}
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)])
@@ -650,6 +696,37 @@ def test_a_home_that_nobody_has(originals: Path, tmp_path: Path) -> None:
 def test_inspect_notices_a_conversion(converted: Path) -> None:
     result = run_here("inspect", converted, cwd=converted.parent)
     assert "Converted already (flashnorm)" in result.out
-    assert run_here("inspect", converted, "--json", cwd=converted.parent).json()["done"] == [
-        "flashnorm"
-    ]
+    assert result.out.count("│ folded") == 3
+    assert "q_proj, k_proj" in result.out
+    assert " folds" not in result.out
+    assert "stays" not in result.out
+    assert "would read" not in result.out
+    report = run_here("inspect", converted, "--json", cwd=converted.parent).json()
+    assert report["done"] == ["flashnorm"]
+    assert (report["plan"]["edits"], report["changed_tensors"]) == ([], 0)
+    cost = report["cost"]
+    assert (cost["read_bytes"], cost["written_bytes"], cost["seconds"]) == (0, 0, 0)
+
+
+def test_inspect_says_what_a_conversion_left(originals: Path, tmp_path: Path) -> None:
+    """The gain in front of the tied head stays, until the head is untied."""
+    command = ("flashnorm", originals / "llama_tied", "--no-verify", "-o", "out")
+    assert run_here(*command, cwd=tmp_path).status == 0
+    left = run_here("inspect", "out", cwd=tmp_path).out
+    assert left.count("│ folded") == 2
+    assert "model.norm stays: its reader lm_head.weight is tied to" in left
+    assert "Converted already" in left
+    more = run_here("inspect", "out", "--tied", "untie", cwd=tmp_path).out
+    assert more.count("│ folded") == 2
+    assert "\n1 of 7 norms fold: " in more
+    assert "Converted already" not in more
+
+
+def test_inspect_of_centered_weights(originals: Path, tmp_path: Path) -> None:
+    command = ("rmsnorm", originals / "gpt2", "--format", "stock", "--tied", "untie", "-o", "out")
+    assert run_here(*command, "--no-verify", cwd=tmp_path).status == 0
+    result = run_here("inspect", "out", cwd=tmp_path)
+    assert "Converted already (rmsnorm, flashnorm)" in result.out
+    assert "folds" not in result.out
+    assert "converts" not in result.out
+    assert result.out.count("│ converted") == 3

@@ -88,6 +88,27 @@ def test_the_disk_speed(tmp_path: Path) -> None:
     assert inspect(tmp_path / "llama", disk_speed=1000).cost.seconds == slow["seconds"]
 
 
+def test_the_start_of_the_program_is_said_to_be_most_of_it(tmp_path: Path) -> None:
+    fast, slow = (
+        run_here("inspect", MODELS / "tiny-llama", "--disk-speed", speed, cwd=tmp_path).out
+        for speed in ("500MB/s", "1kB/s")
+    )
+    assert (
+        "on a disk of 500 MB/s (--disk-speed) that is about 5 s, most of it the start of the "
+        "program, without the verification.\n"
+    ) in fast
+    assert "on a disk of 1 kB/s (--disk-speed) that is about 30 min 53 s, without" in slow
+
+
+@pytest.mark.parametrize("command", ["flashnorm", "rmsnorm", "crmsnorm"])
+def test_a_dry_run_tells_the_cost(command: str, tmp_path: Path) -> None:
+    planned = run_here(command, MODELS / "tiny-gpt2", "--dry-run", cwd=tmp_path)
+    lines = planned.out.splitlines()
+    (cost,) = (line for line in lines if "(inspect --disk-speed) that is about 5 s" in line)
+    assert cost.startswith("Folding would" if command == "flashnorm" else "Converting would")
+    assert lines[-1] == "Dry run: nothing was written."
+
+
 @pytest.mark.parametrize("speed", ["fast", "0MB/s", "-1MB/s", "500 parsecs", ""])
 def test_what_is_no_speed(speed: str, tmp_path: Path) -> None:
     result = run_here("inspect", "nowhere", f"--disk-speed={speed}", cwd=tmp_path)

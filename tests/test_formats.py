@@ -14,6 +14,7 @@ from command_line import run_here
 from normconvert.ir import expression
 from normconvert.ir.native import FullWidth, Native, NormModule, Recentering
 from normconvert.ir.plan import SCHEMA_VERSION, Edit, Plan, Verdict
+from normconvert.ir.report import Conversion, Inspection
 from normconvert.settle import Request
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,9 @@ def test_the_files_have_the_keys_of_the_page(tmp_path: Path) -> None:
     source = ROOT / "models" / "tiny-gpt2"
     result = run_here("rmsnorm", source, "-o", "out", "--no-verify", "--json", cwd=tmp_path)
     assert result.status == 0, result
+    document = result.json()
+    assert document.keys() == {field.name for field in fields(Conversion)}
+    assert document["inspection"].keys() == {field.name for field in fields(Inspection)}
     manifest = load(tmp_path / "out" / "normconvert.json")
     assert manifest.keys() == keys("normconvert.json") - {"verification"}
     assert manifest["plan"]["schema_version"] == SCHEMA_VERSION

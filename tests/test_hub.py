@@ -482,7 +482,9 @@ def test_a_stream_that_breaks_off(user: Internet, large: Path, whole: Path) -> N
     process.wait()
     assert not (user.here / "large-flashnorm").exists()
     assert not weights_in(user.home)
-    assert user.run(*arguments, "--resume").status == 0
+    done = user.run(*arguments, "--resume")
+    assert done.status == 0
+    assert "Resumed: 8 shards of an earlier run stayed." in done.out.splitlines()
     assert [path.name for path in user.here.iterdir()] == ["large-flashnorm"]
     same_files(user.here / "large-flashnorm", whole)
     manifest = json.loads((user.here / "large-flashnorm" / "normconvert.json").read_text())
@@ -523,7 +525,7 @@ def test_a_stream_stops_at_what_is_not_certified(large: Path, tmp_path: Path) ->
         return True
 
     with mock.patch.object(stream, "write_shards", write):
-        report = stream.write_stream(
+        report, kept = stream.write_stream(
             plan,
             checkpoint,
             tmp_path,
@@ -533,6 +535,7 @@ def test_a_stream_stops_at_what_is_not_certified(large: Path, tmp_path: Path) ->
             send=send,
             listen=ignore,
         )
+    assert kept == 0
     assert report is not None
     assert report.certificate is not None
     assert not report.equivalent

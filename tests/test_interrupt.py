@@ -269,7 +269,9 @@ def test_resume(number: str, bench: Bench) -> None:
     for torn in bench.folder.glob(".output.normconvert-*/*.partial"):
         torn.write_bytes(b"torn")
     bench.start("--resume", model="sharded")
-    assert bench.finish()[0] == 0
+    status, out = bench.finish()
+    assert status == 0
+    assert f"Resumed: {len(before)} shards of an earlier run stayed." in out.splitlines()
     assert before.items() <= in_output(bench).items()
     assert state(bench.output, whole) == "new"
     assert bench.leftovers() == []

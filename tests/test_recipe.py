@@ -61,6 +61,13 @@ def test_a_recipe_that_is_missing(tmp_path: Path) -> None:
     result.assert_refused("no.yaml", "cannot be read")
 
 
+def test_a_recipe_of_a_format_that_there_is_not(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("steps: [crmsnorm]\nformat: stock\n")
+    result = run_here("run", "r.yaml", "--model", MODELS / "tiny-gpt2", cwd=tmp_path)
+    result.assert_refused("No stock model has the norms of crmsnorm", "has to be native")
+    assert "--format" not in result.err  # the command has no such option
+
+
 def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.yaml")
     with pytest.raises(RecipeError, match="is no file"):

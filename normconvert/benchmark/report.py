@@ -84,8 +84,9 @@ def measure(
             processor=_processor(device),
             torch=torch.__version__,
             transformers=transformers.__version__,
+            busy=bool(busy),
             measurements=tuple(measurements),
-            claims=claims(measurements, rules),
+            claims=claims(measurements, rules, busy=bool(busy)),
             notes=(
                 *busy,
                 *(f"The ceiling keeps {norm}, which is not known." for norm in _kept(graph)),

@@ -37,6 +37,7 @@ from normconvert.cli.options import (
     TextFile,
     Tied,
     Trust,
+    discard,
     limits,
     read_text,
 )
@@ -324,6 +325,9 @@ def verify_equivalence(
     if device and device_map:
         raise typer.BadParameter("give --device or --device-map, not both")
     to_stdout = str(json_file) == "-"
+    for file in (None if to_stdout else json_file, html):
+        if file is not None:
+            discard(file)
     with progress(hidden=to_stdout) as listen:
         report = verify(
             original,

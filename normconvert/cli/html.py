@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from normconvert.cli.verdict import certified, rows, why
+from normconvert.cli.verdict import certified, parting, rows, why
 from normconvert.ir.report import Comparison, Equivalence, Generation, Layer
 
 _STYLE = """
@@ -18,6 +18,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 
 table { border-collapse: collapse; font-size: .9rem } th { text-align: left; font-weight: 600 }
 td, th { padding: .2rem .9rem .2rem 0; border-bottom: 1px solid #8883; vertical-align: top }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+th.row { white-space: pre }
 code { font-size: .9em; overflow-wrap: anywhere } svg { width: 100%; height: auto }
 svg text { font: 11px system-ui, sans-serif; fill: currentColor }
 """
@@ -33,7 +34,7 @@ def page(report: Equivalence) -> str:
         f"<p><code>{escape(report.original)}</code> and <code>{escape(report.converted)}</code>, "
         f"computed in {report.dtype}</p>",
         f"<p>{verdict}: {escape(why(report))}</p>" if report.comparisons else "",
-        _parting(report),
+        f"<p class='bad'>{escape(sentence)}</p>" if (sentence := parting(report)) else "",
         _certificate(report),
         _algebra(report),
         "<h2>Logits</h2>",
@@ -54,12 +55,6 @@ def page(report: Equivalence) -> str:
         + "\n".join(part for part in parts if part)
         + "</body></html>\n"
     )
-
-
-def _parting(report: Equivalence) -> str:
-    if report.parts_at is None:
-        return ""
-    return f"<p class='bad'>The two part at <code>{escape(report.parts_at)}</code>.</p>"
 
 
 def _certificate(report: Equivalence) -> str:
@@ -96,7 +91,7 @@ def _algebra(report: Equivalence) -> str:
 def _comparisons(comparisons: Sequence[Comparison]) -> str:
     head = "".join(f"<th>{escape(each.tokens)}</th>" for each in comparisons)
     body = "".join(
-        f"<tr><th>{name}</th>"
+        f"<tr><th class='row'>{name}</th>"
         + "".join(f"<td class='number'>{cell}</td>" for cell in cells)
         + "</tr>"
         for name, cells in rows(comparisons)

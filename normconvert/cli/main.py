@@ -8,13 +8,18 @@ import signal
 import sys
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 
 import typer
 
 from normconvert.cli.app import app
+from normconvert.cli.options import discard
 from normconvert.errors import NormconvertError
 from normconvert.processes import Processes, ProcessLost, launched
+
+# Typer exports no name for it. It is what every mistake in the command line is.
+UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 
 
 class Interrupted(BaseException):
@@ -53,14 +58,15 @@ def answer() -> None:
 def _run() -> int:
     """The exit status of the command line."""
     try:
-        app()
+        return app(standalone_mode=False) or 0
+    except UsageError as error:
+        return _fail_usage(error)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except NormconvertError as error:
         return _fail(error.code, str(error))
     except (OSError, MemoryError) as error:
         return _fail("system", f"{str(error) or type(error).__name__}.")
-    return 0
 
 
 def _run_together(processes: Processes) -> int:
@@ -119,17 +125,62 @@ def _ignore_signals() -> None:
 def _fail(code: str, message: str) -> int:
     if "--debug" in sys.argv:
         raise
-    if _json_on_stdout(sys.argv[1:]):
-        from normconvert.cli.show import show_json
-
-        with suppress(OSError):  # it may be what has failed
-            show_json({"error": {"code": code, "message": message}})
+    document = _document(code, message)
+    if _json_on_stdout():
+        _print(document)
+    elif file := _given("--json"):
+        _write(document, Path(file))
     typer.echo(f"normconvert: {message}", err=True)
     return 2
 
 
-def _json_on_stdout(arguments: list[str]) -> bool:
+def _fail_usage(error: typer.BadParameter) -> int:
+    """What was asked for is not understood: no file is made, but none stays that looks current."""
+    error.show()
+    document = _document("usage", error.format_message())
+    if _json_on_stdout():
+        _print(document)
+    elif (file := Path(_given("--json"))).is_file():
+        _write(document, file)
+    discard(Path(_given("--report")))
+    return error.exit_code
+
+
+def _document(code: str, message: str) -> dict[str, dict[str, str]]:
+    return {"error": {"code": code, "message": message}}
+
+
+def _print(document: dict[str, dict[str, str]]) -> None:
+    from normconvert.cli.show import show_json
+
+    with suppress(OSError):  # it may be what has failed
+        show_json(document)
+
+
+def _write(document: dict[str, dict[str, str]], file: Path) -> None:
+    from normconvert.cli.show import to_text
+
+    with suppress(OSError):
+        file.write_text(to_text(document) + "\n", encoding="utf-8")
+
+
+def _json_on_stdout() -> bool:
     """Whether --json was given, which for verify-equivalence needs to be --json -."""
-    if "verify-equivalence" not in arguments:
-        return "--json" in arguments
-    return "--json=-" in arguments or ("--json", "-") in pairwise(arguments)
+    if "verify-equivalence" not in sys.argv:
+        return "--json" in sys.argv
+    return _given("--json") == "-"
+
+
+def _given(option: str) -> str:
+    """The file that verify-equivalence was given with `option`; empty: none.
+
+    Read from the arguments themselves, which may be what is wrong.
+    """
+    found = ""
+    if "verify-equivalence" in sys.argv:
+        for name, value in pairwise([*sys.argv, ""]):
+            if name == option:
+                found = value
+            elif name.startswith(f"{option}="):
+                found = name.removeprefix(f"{option}=")
+    return found

@@ -46,7 +46,8 @@ Target = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")]
 NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not compare the logits at the end.")
+    bool,
+    typer.Option("--no-verify", help="Make no certificate at the end, and compare no logits."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier output.")]
 Resume = Annotated[
@@ -197,6 +198,12 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise NormconvertError(f"{path} is not UTF-8 text; give --text another file.") from error
+
+
+def discard(file: Path) -> None:
+    """Remove the report of an earlier run, which nobody should take for this one's."""
+    if file.is_file():
+        file.unlink()
 
 
 def limits(given: list[str]) -> dict[int | str, int | str]:

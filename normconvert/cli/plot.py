@@ -53,7 +53,7 @@ def draw(report: Bench, path: Path) -> None:
     heading = f"What converting {report.model} buys: medians and quartiles"
     figure.suptitle(f"{heading}\n{setting(report)}", x=0.01, ha="left")
     _draw_norms(left, norms, report.hidden_size)
-    _draw_models(right, models, report.norms)
+    _draw_models(right, models, report)
     claims = (textwrap.fill(claim_line(each), 165) for each in report.claims)
     figure.supxlabel("\n".join(claims), x=0.01, ha="left", size=9)
     figure.savefig(path)
@@ -75,20 +75,20 @@ def _draw_norms(axes: Any, measurements: list[Measurement], hidden_size: int) ->
     axes.set_yticks(range(len(kinds)), [kind + behind.get(kind, "") for kind in kinds])
 
 
-def _draw_models(axes: Any, measurements: list[Measurement], norms: int) -> None:
+def _draw_models(axes: Any, measurements: list[Measurement], report: Bench) -> None:
     """A bar for each contestant but the original, grouped by what they did."""
     place, middles = 0.0, []
     for each in measurements:
         first = place
         for timing in each.timings[1:]:
-            share = each.share if timing.name == CONVERTED else None
+            share = report.share(each) if timing.name == CONVERTED else None
             gain = "" if share is None else f", {share:.0%} of the gain"
             colour = _COLOURS.get(timing.name, _GREY)
             _bar(axes, place, timing, colour, f"{timing.name}{gain}")
             place += 0.5
         middles.append((first + place - 0.5) / 2)
         place += 0.4
-    ceiling = f"ceiling: the original without its {norms} norms"
+    ceiling = f"ceiling: the original without its {report.norms} norms"
     _finish(axes, f"Whole models: times as fast as the original\n({ceiling})", room=0.55)
     axes.set_yticks(middles, [f"{title(each)}\n{tokens(each)}" for each in measurements])
 

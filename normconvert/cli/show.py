@@ -16,8 +16,8 @@ from rich.table import Table
 
 from normconvert.cli.amounts import duration as _duration
 from normconvert.cli.amounts import size as _size
-from normconvert.cli.verdict import certified, rows, why
-from normconvert.ir.plan import Plan, Verdict
+from normconvert.cli.verdict import certified, parting, rows, why
+from normconvert.ir.plan import IDENTITY, Plan, Verdict
 from normconvert.ir.report import (
     Algebra,
     Certificate,
@@ -36,6 +36,8 @@ class Stdout(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_NOT_VERIFIED = "Not verified: no certificate was made, and no logits were compared."
+_SPEED_ELSEWHERE = "inspect --disk-speed"  # which is no option of the converting commands
 _LAYER = re.compile(r"(?<=\.)\d+\b")
 
 
@@ -51,8 +53,8 @@ class _Group:
     becomes: bool
 
 
-def show_inspection(report: Inspection) -> None:
-    """The table of norms, the reasons of those that stay, the totals."""
+def show_inspection(report: Inspection, *, option: str = "--disk-speed") -> None:
+    """The table of norms, the reasons of those that stay, the totals; `option` sets the speed."""
     console = Stdout(highlight=False, emoji=False)
     plan = report.plan
     becomes = (
@@ -61,6 +63,7 @@ def show_inspection(report: Inspection) -> None:
         else {}
     )
     groups = _grouped(plan.verdicts, becomes)
+    converts = "converted" if "rmsnorm" in report.done else "converts"
     table = Table(title=escape(f"{plan.model}: {report.model}"), title_justify="left", expand=False)
     table.add_column("Norm", overflow="fold")
     table.add_column("", justify="right")
@@ -71,16 +74,16 @@ def show_inspection(report: Inspection) -> None:
         table.add_column("RMSNorm")
     for group, count in groups.items():
         cells = [group.norm, f"×{count}", group.computes, group.readers]
-        cells += [_verdict(group.action != "keep", "folds")]
-        cells += [_verdict(group.becomes, "converts")] if becomes else []
+        cells += [_folding(group)]
+        cells += [_verdict(group.becomes, converts)] if becomes else []
         table.add_row(*cells)
     console.print(table)
     for group in groups:
-        if group.action == "keep":
+        if group.action == "keep" and group.reason != IDENTITY:
             console.print(f"[yellow]{group.norm}[/] stays: {group.reason}.", soft_wrap=True)
     for group in _grouped(v for v in becomes.values() if v.action == "keep"):
         console.print(f"[yellow]{group.norm}[/] stays what it is: {group.reason}.", soft_wrap=True)
-    if report.done:
+    if report.done and not plan.edits:
         rules = ", ".join(report.done)
         console.print(f"Converted already ({rules}): the same again would change nothing.")
         return
@@ -91,7 +94,7 @@ def show_inspection(report: Inspection) -> None:
         + (f", the output grows by {_size(report.added_bytes)}." if report.added_bytes else "."),
         soft_wrap=True,
     )
-    _show_cost(console, report.cost)
+    _show_cost(console, report.cost, "Folding", option)
     if report.untied_bytes > report.added_bytes:
         console.print(f"With --tied untie the output would grow by {_size(report.untied_bytes)}.")
     if report.rmsnorm is not None:
@@ -100,11 +103,16 @@ def show_inspection(report: Inspection) -> None:
     _show_notes(console, plan.notes)
 
 
-def _show_cost(console: Console, cost: Cost) -> None:
+def _show_cost(console: Console, cost: Cost, what: str, option: str) -> None:
+    if not cost.written_bytes:  # there is nothing to do
+        return
+    moving = (cost.read_bytes + cost.written_bytes) / cost.disk_speed
+    starting = ", most of it the start of the program" if moving < cost.seconds / 2 else ""
     console.print(
-        f"Folding would read {_size(cost.read_bytes)}, write {_size(cost.written_bytes)} and take "
+        f"{what} would read {_size(cost.read_bytes)}, write {_size(cost.written_bytes)} and take "
         f"{_size(cost.peak_bytes)} of memory; on a disk of {_size(cost.disk_speed)}/s "
-        f"(--disk-speed) that is {_duration(cost.seconds)}, without the verification.",
+        f"({option}) that is about {_duration(cost.seconds)}{starting}, without the "
+        "verification.",
         soft_wrap=True,
     )
 
@@ -131,6 +139,13 @@ def _show_unknown(console: Console, *plans: Plan | None) -> None:
         )
 
 
+def _folding(group: _Group) -> str:
+    """A gain that is 1 in what was converted has been folded: no other is looked at."""
+    if group.reason == IDENTITY:
+        return "[green]folded[/]"
+    return _verdict(group.action != "keep", "folds")
+
+
 def _verdict(changes: bool, word: str) -> str:
     return f"[green]{word}[/]" if changes else "[yellow]stays[/]"
 
@@ -149,7 +164,7 @@ def show_conversion(report: Conversion) -> None:
         )
         return
     if report.status == "planned" and plan.rules == ("flashnorm",):
-        show_inspection(inspection)
+        show_inspection(inspection, option=_SPEED_ELSEWHERE)
         console.print("Dry run: nothing was written.")
         return
     rewritten = (
@@ -177,12 +192,18 @@ def show_conversion(report: Conversion) -> None:
     _show_unknown(console, plan)
     _show_notes(console, plan.notes)
     if report.status == "planned":
+        _show_cost(console, inspection.cost, "Converting", _SPEED_ELSEWHERE)
         console.print("Dry run: nothing was written.")
         return
-    if report.verification is not None:
+    if (count := report.kept_shards) is not None:
+        shards = {0: "no shard", 1: "1 shard"}.get(count, f"{count} shards")
+        console.print(f"Resumed: {shards} of an earlier run stayed.")
+    if report.verification is None:
+        console.print(_NOT_VERIFIED, soft_wrap=True)
+    else:
         show_equivalence(report.verification)
-    if plan.changed("prmsnorm"):
-        console.print("A pRMSNorm is an approximation: this is how far it moves the model.")
+        if plan.changed("prmsnorm"):
+            console.print("A pRMSNorm is an approximation: this is how far it moves the model.")
     if report.status == "rejected":
         console.print("[red]The output is not equivalent; it was removed.[/]")
     elif report.output is not None:
@@ -233,13 +254,8 @@ def show_equivalence(report: Equivalence) -> None:
     _show_notes(console, report.notes)
     verdict = "[green]Equivalent[/]" if report.equivalent else "[red]Not equivalent[/]"
     console.print(f"{verdict}: {why(report)}", soft_wrap=True)
-    if report.parts_at is not None:
-        layer = next(layer for layer in report.layers if layer.module == report.parts_at)
-        console.print(
-            f"The two part at {escape(layer.module)}: behind it their states differ by "
-            f"{layer.rms:.1e} (RMS; the noise floor is {layer.floor:.1e}).",
-            soft_wrap=True,
-        )
+    if (sentence := parting(report)) is not None:
+        console.print(escape(sentence), soft_wrap=True)
 
 
 def _show_generation(console: Console, generation: Generation) -> None:

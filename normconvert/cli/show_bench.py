@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from normconvert.ir.bench import Bench, Claim, Measurement, Quartiles
 
 _NO_SHARE = (
-    "No share is given where in a quarter of the rounds the ceiling was no faster: "
-    "there is no gain for sure."
+    "No share is given where in a quarter of the rounds the ceiling was no faster, or where the "
+    "rounds differ by more than it gains: there is no gain for sure."
 )
 
 
@@ -28,7 +28,8 @@ def show_bench(report: Bench) -> None:
     console.print(f"Converted{rules}: {escape(report.converted or made)}", soft_wrap=True)
     console.print(_norms(report))
     console.print(_models(report))
-    if any(each.timing(CONVERTED) and each.share is None for each in report.measurements):
+    shares = [report.share(each) for each in report.measurements if each.timing(CONVERTED)]
+    if None in shares and not report.busy:
         console.print(_NO_SHARE, soft_wrap=True)
     for each in report.measurements:
         if each.note is not None:
@@ -65,10 +66,14 @@ def tokens(measurement: Measurement) -> str:
 
 def claim_line(claim: Claim) -> str:
     """What a paper says, and what was measured here, in a line."""
-    here = "; ".join(f"{each.what}: {_saved(each.saved)}" for each in claim.measured)
+    here = [f"{each.what}: {_saved(each.saved)}" for each in claim.measured]
+    if claim.left_out:
+        say = "measurement says" if claim.left_out == 1 else "measurements say"
+        here.append(f"{claim.left_out} {say} nothing about it")
     return (
         f"{claim.paper} (arXiv {claim.arxiv}): models take {claim.lower:.0%} to {claim.upper:.0%} "
-        f"less time than with LayerNorm. Here: {here or 'no LayerNorm became an RMSNorm'}."
+        "less time than with LayerNorm. "
+        f"Here: {'; '.join(here) or 'no LayerNorm became an RMSNorm'}."
     )
 
 
@@ -108,7 +113,7 @@ def _models(report: Bench) -> Table:
         missing = () if each.timings else ("", "not measured")
         table.add_row(f"[bold]{title(each)}[/]: {tokens(each)}", *missing)
         for timing in each.timings:
-            share = each.share if timing.name == CONVERTED else None
+            share = report.share(each) if timing.name == CONVERTED else None
             low, median, high = (
                 _number(value * 1e3)
                 for value in (timing.seconds.lower, timing.seconds.median, timing.seconds.upper)

@@ -71,6 +71,17 @@ def why(report: Equivalence) -> str:
     )
 
 
+def parting(report: Equivalence) -> str | None:
+    """The first layer at which they are further apart than rounding explains, in a sentence."""
+    if report.parts_at is None:
+        return None
+    layer = next(layer for layer in report.layers if layer.module == report.parts_at)
+    return (
+        f"The two part at {layer.module}: behind it their states differ by {layer.rms:.1e} (RMS; "
+        f"the noise floor is {layer.floor:.1e})."
+    )
+
+
 def _times_floor(comparison: Comparison) -> float:
     pairs = ((comparison.max, comparison.floor_max), (comparison.rms, comparison.floor_rms))
     return max(found / floor if floor else math.inf if found else 0.0 for found, floor in pairs)

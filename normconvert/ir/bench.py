@@ -12,6 +12,8 @@ Task: TypeAlias = Literal["norm", "norm and linear", "prefill", "decode", "forwa
 ORIGINAL, CONVERTED, CEILING = "original", "converted", "ceiling"
 """Contestants of the tasks that run a model; those of training are named after `train`."""
 
+_STEADY = 1.5  # how many times the lower quartile the upper one may be
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions:
@@ -36,6 +38,11 @@ class Quartiles:
     lower: float
     median: float
     upper: float
+
+    @property
+    def steady(self) -> bool:
+        """Whether the rounds agree well enough for the median to say something."""
+        return self.upper <= _STEADY * self.lower
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +90,16 @@ class Measurement:
     def share(self) -> float | None:
         """The share of the ceiling's gain that the converted model has, of the median speedups.
 
-        None without both of them, and where in a quarter of the rounds the ceiling gains nothing.
+        None without both of them, where in a quarter of the rounds the ceiling gains nothing, and
+        where the quartiles of one of them lie further apart than what there is to gain.
         """
         converted, ceiling = self.timing(CONVERTED), self.timing(CEILING)
         if converted is None or ceiling is None or ceiling.speedup.lower <= 1:
             return None
+        for speedup in (converted.speedup, ceiling.speedup):
+            if not speedup.steady or 1 / speedup.lower - 1 / speedup.upper > ceiling.saved:
+                return None
         return converted.saved / ceiling.saved
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dumps`, with the share."""
-        return {**asdict(self), "share": self.share}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,13 +112,17 @@ class Saving:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """What a paper says is saved, `lower` to `upper` of the time, and what was saved here."""
+    """What a paper says is saved, `lower` to `upper` of the time, and what was saved here.
+
+    `left_out` is the number of measurements whose rounds differ so much that they say nothing.
+    """
 
     paper: str
     arxiv: str
     lower: float
     upper: float
     measured: tuple[Saving, ...]
+    left_out: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +131,8 @@ class Bench:
 
     `converted` is the checkpoint that was compared, None if it was made for this by `rules` and
     removed. `rules` are what it says was done to it. `norms` is the number of norms that the
-    ceiling, which is the original without them, lacks.
+    ceiling, which is the original without them, lacks. `busy` says that others wanted the cores
+    when it began: then no figure is held against a claim or the ceiling.
     """
 
     model: str
@@ -134,11 +146,17 @@ class Bench:
     processor: str
     torch: str
     transformers: str
+    busy: bool
     measurements: tuple[Measurement, ...]
     claims: tuple[Claim, ...]
     notes: tuple[str, ...]
     schema_version: int = SCHEMA_VERSION
 
+    def share(self, measurement: Measurement) -> float | None:
+        """The share of the ceiling's gain in one of the measurements; None where it says little."""
+        return None if self.busy else measurement.share
+
     def to_json(self) -> dict[str, Any]:
-        """Plain data for `json.dumps`."""
-        return {**asdict(self), "measurements": [each.to_json() for each in self.measurements]}
+        """Plain data for `json.dumps`, with the shares."""
+        measurements = [{**asdict(each), "share": self.share(each)} for each in self.measurements]
+        return {**asdict(self), "measurements": measurements}

@@ -32,6 +32,9 @@ DTYPE_BYTES = {
 STORED_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 """safetensors' name of each dtype that an option can name."""
 
+IDENTITY = "its gain is the identity already"
+"""The reason of a norm that stays because there is nothing left of it to fold."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:

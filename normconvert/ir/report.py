@@ -207,7 +207,8 @@ class Conversion:
     converted: the output is complete, in the folder `output` or, where nothing of it was kept, on
     the Hub at the URL `pushed`. planned: a dry run, nothing was written. unchanged: the
     source is converted already, nothing was written. rejected: the verification found the
-    result not equivalent, and it was removed.
+    result not equivalent, and it was removed. `kept_shards` is the number of those that an earlier
+    run had completed; None unless it was to be resumed.
     """
 
     status: Status
@@ -215,6 +216,7 @@ class Conversion:
     inspection: Inspection
     verification: Equivalence | None
     pushed: str | None = None
+    kept_shards: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dumps`."""
@@ -223,5 +225,6 @@ class Conversion:
             "output": self.output,
             "inspection": self.inspection.to_json(),
             "verification": self.verification and self.verification.to_json(),
-            **({"pushed": self.pushed} if self.pushed else {}),
+            "pushed": self.pushed,
+            "kept_shards": self.kept_shards,
         }

@@ -39,9 +39,10 @@ def push(
     """Upload the converted checkpoint in `folder` to the Hub repository `repo_id`, in one commit.
 
     The repository is made if there is none (`private`: for you alone), and the branch `revision`
-    too. README.md becomes a model card; see `normconvert.publish.card`. Without a `token`, that of
-    `hf auth login` or HF_TOKEN is used. A push that was broken off can be repeated: what the Hub
-    has is not sent again. `unverified` publishes what was not verified, or is an approximation.
+    too. README.md becomes a model card (`normconvert.publish.card.model_card`). Without a `token`,
+    that of `hf auth login` or HF_TOKEN is used. A push that was broken off can be repeated: what
+    the Hub has is not sent again. `unverified` publishes what was not verified, or is an
+    approximation.
 
     Returns the URL of the commit, or of the pull request.
 

@@ -1,6 +1,6 @@
 """Rewrite: a plan becomes a folder, in one streaming pass over the checkpoint's bytes."""
 
-from normconvert.rewrite.examine import IDENTITY, examine
+from normconvert.rewrite.examine import examine
 from normconvert.rewrite.folder import Staged, stage, writing
 from normconvert.rewrite.layout import Layout, lay_out, reads
 from normconvert.rewrite.writer import (
@@ -16,7 +16,6 @@ from normconvert.rewrite.writer import (
 )
 
 __all__ = [
-    "IDENTITY",
     "Layout",
     "Staged",
     "add_to_manifest",

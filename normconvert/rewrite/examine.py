@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from normconvert.ir.expression import Divide, Tensor
+from normconvert.ir.plan import IDENTITY
 from normconvert.rewrite.evaluate import Evaluator
 from normconvert.torch_dtypes import TORCH_DTYPE
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from normconvert.ir.plan import Plan, Verdict
     from normconvert.source import Checkpoint
 
-IDENTITY = "its gain is the identity already"
 NO_QUOTIENT = "its bias has no place to go, and bias / gain is not finite in its stored dtype"
 
 

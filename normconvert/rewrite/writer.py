@@ -48,12 +48,12 @@ def write(
     manifest: dict[str, Any],
     listen: Listener,
     processes: Processes = ALONE,
-) -> None:
+) -> int:
     """Write the checkpoint that `plan` describes, and `manifest`, into `folder`.
 
     The manifest gets the list of the other files. The folder is empty, or holds what was written
     of the same conversion before it was broken off: its complete shards stay. The others are
-    divided among the `processes`, of which this is the first.
+    divided among the `processes`, of which this is the first. Returns how many shards stayed.
 
     Raises:
         RewriteError: the disk is full or not writable, a value does not fit its dtype, or the
@@ -73,6 +73,7 @@ def write(
         if _conversion(layouts, manifest) != conversion:
             raise RewriteError(f"{checkpoint.folder} changed while it was read; start again.")
         (folder / _BEGUN).unlink()
+    return len(kept)
 
 
 def write_files(

@@ -77,12 +77,12 @@ def _distribution(reference: torch.Tensor, candidate: torch.Tensor) -> tuple[tup
 
 
 def _divergence(reference: torch.Tensor, candidate: torch.Tensor) -> float:
-    """The mean of KL(reference || candidate)."""
+    """The mean of KL(reference || candidate), which rounding does not make less than 0."""
     found = []
     for logits in _pieces(reference, candidate):
         p, q = (each.log_softmax(-1) for each in logits)
         found.append((p.exp() * (p - q)).sum(-1))
-    return float(torch.cat(found).mean())
+    return float(torch.cat(found).mean().clamp(min=0))
 
 
 def _perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
