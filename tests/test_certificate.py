@@ -34,6 +34,7 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 # Every kind of expression, tied and untied, stacked experts, fused and transposed weights.
 NAMES = ("llama_tied", "gemma", "phi3", "gpt_oss", "gpt2", "stablelm", "phimoe", "whisper")
 WEIGHTS = "model.safetensors"
+MODELS = Path(__file__).parents[1] / "models"
 
 
 def certificate(plan: Plan, source: Path, output: Path) -> Certificate:
@@ -246,6 +247,17 @@ def test_options_that_cannot_be(pair: tuple[Path, Path], tmp_path: Path) -> None
         report = normconvert.verify_equivalence(pair[0], output)
         assert report.certificate is not None
         assert "no plan can be made" in report.certificate.problems[0].what
+
+
+def test_a_folder_that_links_to_itself(tmp_path: Path) -> None:
+    """Twice, so that following the links would take for ever."""
+    source = Path(shutil.copytree(MODELS / "tiny-llama", tmp_path / "source"))
+    for name in ("latest", "best"):
+        (source / name).symlink_to(".")
+    report = normconvert.convert(source, tmp_path / "output").verification
+    assert report is not None
+    assert report.equivalent
+    assert not (tmp_path / "output" / "latest").exists()
 
 
 def test_the_conversion_of_another_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
