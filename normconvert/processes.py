@@ -126,11 +126,18 @@ ALONE = Processes(rank=0, count=1)
 
 
 def seen(paths: Iterable[Path]) -> Seen:
-    """What tells the files `paths` from others of the same names, wherever these are."""
+    """What tells the files `paths` from others of the same names, wherever these are.
+
+    Raises:
+        NormconvertError: one cannot be read.
+    """
     found = {}
     for path in paths:
-        with path.open("rb") as file:  # a shared file system asks its server when one is opened
-            status = os.fstat(file.fileno())
+        try:
+            with path.open("rb") as file:  # a shared file system asks its server when one is opened
+                status = os.fstat(file.fileno())
+        except OSError as error:
+            raise NormconvertError(f"{path} cannot be read: {error.strerror or error}.") from error
         found[path] = status.st_ino, status.st_size, status.st_mtime_ns
     return found
 
@@ -144,7 +151,7 @@ def require_same(files: Seen) -> None:
     for path, expected in files.items():
         try:
             same = seen([path])[path] == expected
-        except OSError:
+        except NormconvertError:
             same = False
         if not same:
             raise NormconvertError(

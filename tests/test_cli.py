@@ -608,16 +608,25 @@ def test_no_older_report_survives_what_is_refused(old: bool, tmp_path: Path) -> 
     assert not page.exists()
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_no_older_report_survives_wrong_usage(old: bool, tmp_path: Path) -> None:
-    report, page = tmp_path / "report.json", tmp_path / "page.html"
-    for path in (report, page) if old else ():
-        path.write_text('{"equivalent": true}')
-    arguments = ("nowhere", "--json", report, "--report", page)  # and no other
-    assert verify(tmp_path, *arguments).status == 2
-    if old:
-        assert json.loads(report.read_text())["error"]["code"] == "usage"
-    assert [*tmp_path.iterdir()] == ([report] if old else [])
+def test_wrong_usage_touches_no_file(tmp_path: Path) -> None:
+    """What was given as a report may be meant as something else."""
+    files = tmp_path / "notes.json", tmp_path / "page.html"
+    for path in files:
+        path.write_text("mine")
+    assert verify(tmp_path, "nowhere", "--json", files[0], "--report", files[1]).status == 2
+    assert [path.read_text() for path in files] == ["mine", "mine"]
+    assert {*tmp_path.iterdir()} == {*files}
+
+
+@pytest.mark.parametrize("option", ["--json", "--report"])
+def test_a_report_replaces_no_file_of_a_model(option: str, originals: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(originals / "llama", tmp_path / "llama"))
+    before = (model / "config.json").read_bytes()
+    for pair in (("llama", "nowhere"), ("nowhere", "llama")):
+        result = verify(tmp_path, *pair, option, model / "config.json")
+        assert result.status == 2
+        assert "give the report another place" in " ".join(result.err.split())
+        assert (model / "config.json").read_bytes() == before
 
 
 def test_reports_that_are_no_files_stay(tmp_path: Path) -> None:

@@ -327,7 +327,7 @@ def verify_equivalence(
     to_stdout = str(json_file) == "-"
     for file in (None if to_stdout else json_file, html):
         if file is not None:
-            discard(file)
+            discard(file, original, converted)
     with progress(hidden=to_stdout) as listen:
         report = verify(
             original,

@@ -14,7 +14,6 @@ from types import FrameType
 import typer
 
 from normconvert.cli.app import app
-from normconvert.cli.options import discard
 from normconvert.errors import NormconvertError
 from normconvert.processes import Processes, ProcessLost, launched
 
@@ -135,14 +134,10 @@ def _fail(code: str, message: str) -> int:
 
 
 def _fail_usage(error: typer.BadParameter) -> int:
-    """What was asked for is not understood: no file is made, but none stays that looks current."""
+    """What was asked for is not understood, so no file is touched that may be meant otherwise."""
     error.show()
-    document = _document("usage", error.format_message())
     if _json_on_stdout():
-        _print(document)
-    elif (file := Path(_given("--json"))).is_file():
-        _write(document, file)
-    discard(Path(_given("--report")))
+        _print(_document("usage", error.format_message()))
     return error.exit_code
 
 

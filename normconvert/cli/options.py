@@ -200,9 +200,15 @@ def read_text(path: Path) -> str:
         raise NormconvertError(f"{path} is not UTF-8 text; give --text another file.") from error
 
 
-def discard(file: Path) -> None:
-    """Remove the report of an earlier run, which nobody should take for this one's."""
+def discard(file: Path, *models: str) -> None:
+    """Remove the report of an earlier run, which nobody should take for this one's.
+
+    Raises:
+        typer.BadParameter: it is a file of one of the `models`.
+    """
     if file.is_file():
+        if not {Path(model).resolve() for model in models}.isdisjoint(file.resolve().parents):
+            raise typer.BadParameter(f"{file} is a file of a model; give the report another place")
         file.unlink()
 
 
