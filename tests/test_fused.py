@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType
@@ -209,10 +210,39 @@ def test_it_keeps_out_where_it_would_be_missed(monkeypatch: pytest.MonkeyPatch) 
     assert counted(norm.double(), x, monkeypatch)[1] == 0
     norm.float()
     with torch.no_grad():
-        assert counted(norm, torch.empty(0, 8), monkeypatch)[1] == 1
+        assert counted(norm, torch.empty(0, 8), monkeypatch)[1] == 0
         assert counted(norm, x.double(), monkeypatch)[1] == 0  # in which conversions are proven
         assert counted(norm, x.t().contiguous().t(), monkeypatch)[1] == 0
         assert counted(norm.to("meta"), x.to("meta"), monkeypatch)[1] == 0
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage:UserWarning")
+@torch.no_grad()
+def test_what_only_stands_for_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on the CPU that have no numbers at their address, or no address."""
+    x, numbers = torch.randn(3, 8), torch.rand(8) + 0.5
+    wrap: Any = torch._to_functional_tensor
+    strange = {
+        "zero": torch._efficientzerotensor(3, 8),
+        "functional": wrap(x),
+        "negated": torch._neg_view(x),
+        "sparse": x.to_sparse(),
+        "compressed sparse": x.to_sparse_csr(),
+        "blocked": x.to_mkldnn(),
+        "nested": torch.nested.nested_tensor([x, x]),
+        "of a subclass": x.as_subclass(type("Marked", (torch.Tensor,), {})),
+    }
+    with_gain = RMSNorm(8, EPS)
+    for name, each in strange.items():
+        assert modeling.address(each) == 0, name
+        with suppress(RuntimeError, NotImplementedError):  # torch may not know the operations
+            assert counted(with_gain, each, monkeypatch)[1] == 0, name
+    for name in ("zero", "functional", "negated"):
+        with_gain.weight = nn.Parameter(strange[name][0])
+        assert counted(with_gain, x, monkeypatch)[1] == 0, name
+    with_gain.weight = nn.Parameter(numbers)
+    assert not with_gain(strange["zero"]).any()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

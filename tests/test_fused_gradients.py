@@ -236,7 +236,7 @@ def test_what_was_changed_in_place_is_noticed() -> None:
 def test_no_rows(make: Make, counting: Counting) -> None:
     norm, x = drawn(make, torch.float32, 0)
     found = gradients(norm, x, torch.empty_like(norm(x)))
-    assert counting.calls["norm_back"] == 1
+    assert not any(counting.calls.values())  # what has no numbers has no address
     assert found[0].shape == x.shape
     assert all(not each.any() for each in found[1:])
 

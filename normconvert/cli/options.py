@@ -68,8 +68,8 @@ Tied = Annotated[
 Returns = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(
-        help="An output of the model that must stay the same, such as pooler_output; give it once "
-        "for each. Default: all of them.",
+        help="An output of the model that must stay the same, such as pooler_output, while the "
+        "others may change; give it once for each. Default: all of them stay.",
         show_default=False,
     ),
 ]

@@ -174,7 +174,9 @@ def show_conversion(report: Conversion) -> None:
         rewritten += f", {len(plan.omitted)} left out ({_size(inspection.omitted_bytes)})"
     if inspection.added_bytes > 0:
         rewritten += f", {_size(inspection.added_bytes)} larger"
-    console.print(f"{_done(plan)}: {rewritten}.", soft_wrap=True)
+    done = f"{_done(plan)}: {rewritten}."
+    planned = report.status == "planned"
+    console.print(f"Planned: {done}" if planned else done[:1].upper() + done[1:], soft_wrap=True)
     if plan.native is not None:
         for each in plan.native.recenterings:
             how = "Compressed" if each.compress else "Recentered"
@@ -191,7 +193,7 @@ def show_conversion(report: Conversion) -> None:
         console.print(f"[yellow]{group.norm}[/] {what}: {group.reason}.", soft_wrap=True)
     _show_unknown(console, plan)
     _show_notes(console, plan.notes)
-    if report.status == "planned":
+    if planned:
         _show_cost(console, inspection.cost, "Converting", _SPEED_ELSEWHERE)
         console.print("Dry run: nothing was written.")
         return
@@ -228,8 +230,7 @@ def _done(plan: Plan) -> str:
                 continue
             name = {"rmsnorm": "RMSNorm", "crmsnorm": "CRMSNorm"}.get(rule)
             parts.append(words.format(len(plan.changed(rule)), len(asked), name))
-    line = ", ".join(parts)
-    return line[:1].upper() + line[1:]
+    return ", ".join(parts)
 
 
 def show_equivalence(report: Equivalence) -> None:

@@ -16,9 +16,10 @@ from normconvert.nn.modeling_normconvert import (
     NARROW,
     NUMBERS,
     ONE_THREAD,
+    address,
     library,
-    readable,
     transforms,
+    watched,
 )
 
 _KERNEL = r"""
@@ -98,7 +99,8 @@ def centered(x: torch.Tensor, axis: int, *, drop_last: bool = False) -> torch.Te
 
 def _centered(x: torch.Tensor, axis: int, size: int, kept: int) -> torch.Tensor:
     """The first `kept` of `size` coordinates of x less its mean; those that x lacks are 0."""
-    if x.dtype in NARROW and not is_compiling() and readable(x) and _kernel() is not None:
+    unseen = x.dtype in NARROW and not is_compiling() and not watched()
+    if unseen and address(x) and _kernel() is not None:
         if not (x.requires_grad and is_grad_enabled()):
             return _by_kernel(x, axis, size, kept)
         if not transforms():

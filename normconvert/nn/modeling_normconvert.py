@@ -120,35 +120,28 @@ class _Norm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The norm of x by the kernel; by operations where it must keep out: see `readable`."""
-        if not is_compiling() and readable(x) and (kernel := _kernel()) is not None:
+        """The norm of x by the kernel, or by operations where it must keep out: see `address`."""
+        if not is_compiling() and not watched() and (kernel := _kernel()) is not None:
             # `self.weight` would search for it, which takes a tenth of the norm of a row.
             own = self._parameters
             weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
             bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-            wide = self._wide
-            if (weight is None or _takes(weight, wide)) and (bias is None or _takes(bias, wide)):
-                gradient = is_grad_enabled() and any(
-                    each.requires_grad for each in (x, weight, bias) if each is not None
-                )
-                gain_dtype = 0 if weight is None else NARROW.get(weight.dtype, -1)
-                bias_dtype = 0 if bias is None else NARROW.get(bias.dtype, -1)
+            wide, at = self._wide, address(x)
+            gain_at, gain_dtype = _factor(weight, wide)
+            bias_at, bias_dtype = _factor(bias, wide)
+            gradient = is_grad_enabled() and (
+                x.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+            )
+            if at and not (gradient and transforms()):
                 shape, numbers, dtype = x.shape, x.numel(), NARROW.get(x.dtype, -1)
                 threads = 1 if numbers < ONE_THREAD else torch.get_num_threads()
-                if not self._adds:
-                    y = torch.empty_like(x)
-                elif len(shape) == 3:  # as in a model; to unpack them takes a twentieth more
-                    y = x.new_empty(shape[0], shape[1], wide)
-                else:
-                    y = x.new_empty(*shape[:-1], wide)
-                if not (gradient and transforms()) and kernel.norm(
-                    self._shape, shape[-1], dtype, gain_dtype, bias_dtype, threads, x.data_ptr(),
-                    0 if weight is None else weight.data_ptr(),
-                    0 if bias is None else bias.data_ptr(), y.data_ptr(), numbers,
-                ):  # fmt: skip
+                form = (self._shape, shape[-1], dtype, gain_dtype, bias_dtype, threads)
+                y = x.new_empty(*shape[:-1], wide) if self._adds else torch.empty_like(x)
+                if kernel.norm(*form, at, gain_at, bias_at, y.data_ptr(), numbers):
                     if not gradient:
                         return y
-                    form = (self._shape, shape[-1], dtype, gain_dtype, bias_dtype, threads)
                     return _differentiable((self, form, y), x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
         return self._operations(x, self.weight, self.bias)
 
@@ -508,6 +501,8 @@ static void row(const struct form *form, const float *in, float *out, const floa
     out[n] = -sum * inverse * (gain ? offset + gain[n] : 1) + (bias ? bias[n] : 0);
 }
 
+enum { APART = 32 };  /* numbers between the buffers of two threads: they share no cache line */
+
 /* From one row to another; `buffer` has room for a row in float32. */
 static void rows(const struct form *form, const char *x, char *y, const float *gain,
                  const float *bias, float *buffer, int64_t first, int64_t last) {
@@ -537,19 +532,20 @@ static const float *factor(const void *from, int64_t dtype, int64_t n, float *to
    x. A coordinate that x lacks is minus the sum of the others. Returns whether it was computed. */
 static int norm_rows(const struct form *form, void *const *places, int64_t numbers) {
   void *x = places[0], *gain = places[1], *bias = places[2], *y = places[3];
-  const int64_t n = form->shape.n, wide = n + form->shape.adds, threads = form->threads;
-  const int64_t count = numbers / n, buffers = form->dtype == FLOAT32 ? 0 : threads;
+  const int64_t n = form->shape.n, wide = n + form->shape.adds, buffer = wide + APART;
+  const int64_t threads = form->threads, buffers = form->dtype == FLOAT32 ? 0 : threads;
+  const int64_t count = numbers / n;
   const int64_t kept = buffers + (form->gain_dtype || form->bias_dtype ? 2 : 0);
-  float *memory = kept ? malloc(kept * wide * sizeof *memory) : 0;
+  float *memory = kept ? malloc(kept * buffer * sizeof *memory) : 0;
   if (kept && !memory) return 0;
-  const float *gains = factor(gain, form->gain_dtype, wide, memory + buffers * wide);
-  const float *biases = factor(bias, form->bias_dtype, wide, memory + (buffers + 1) * wide);
+  const float *gains = factor(gain, form->gain_dtype, wide, memory + buffers * buffer);
+  const float *biases = factor(bias, form->bias_dtype, wide, memory + (buffers + 1) * buffer);
   if (threads == 1) {
     rows(form, x, y, gains, biases, memory, 0, count);
   } else {
 #pragma omp parallel for num_threads(threads)
     for (int64_t part = 0; part < threads; part++)
-      rows(form, x, y, gains, biases, buffers ? memory + part * wide : 0, count * part / threads,
+      rows(form, x, y, gains, biases, buffers ? memory + part * buffer : 0, count * part / threads,
            count * (part + 1) / threads);
   }
   free(memory);
@@ -578,13 +574,15 @@ static void row_back(const struct form *form, const float *restrict x, const flo
     for (int lane = 0; lane < half; lane++) dots[lane] += dots[lane + half];
   const float slope = shape->divided ? 0 : dots[0] * inverse / shape->size * inverse * inverse;
   const float shift = shape->lacks ? sum : 0;
-  if (dfactors) {
-    for (i = 0; i < n; i++) dfactors[i] += g[i] * (x[i] * inverse);
-    if (shape->adds) dfactors[n] -= g[n] * (sum * inverse);
-    for (i = 0; i < wide; i++) dfactors[wide + i] += g[i];
+  float *restrict dbias = dfactors + wide;
+  for (i = 0; dfactors && i < n; i++) {
+    dx[i] = (g[i] * gain[i] - last) * inverse - (x[i] + shift) * slope;
+    dfactors[i] += g[i] * (x[i] * inverse);
+    dbias[i] += g[i];
   }
-  for (i = 0; i < used; i++) dx[i] = (g[i] * gain[i] - last) * inverse - (x[i] + shift) * slope;
-  for (; i < n; i++) dx[i] = g[i] * gain[i] * inverse;
+  if (dfactors && shape->adds) dfactors[n] -= g[n] * (sum * inverse), dbias[n] += g[n];
+  for (; i < n; i++) dx[i] = (g[i] * gain[i] - last) * inverse - (x[i] + shift) * slope;
+  for (i = used; i < n; i++) dx[i] = g[i] * gain[i] * inverse;
 }
 
 enum { BLOCK = 64 };  /* rows whose sum is taken in float32; the blocks are added in double */
@@ -623,20 +621,20 @@ static int norm_back_rows(const struct form *form, void *const *places, int64_t 
   const void *x = places[0], *g = places[1], *gain = places[2];
   void *dx = places[3], *dgain = places[4], *dbias = places[5];
   const int64_t n = form->shape.n, wide = n + form->shape.adds, threads = form->threads;
-  const int64_t count = numbers / n;
-  double *totals = malloc(wide * (threads * (2 * sizeof *totals + 5 * sizeof(float)) +
-                                  sizeof(float)));
+  const int64_t count = numbers / n, doubles = 2 * wide + APART, floats = 5 * wide + APART;
+  double *totals = malloc(threads * (doubles * sizeof *totals + floats * sizeof(float)) +
+                          wide * sizeof(float));
   if (!totals) return 0;
-  float *room = (float *)(totals + threads * 2 * wide), *gains = room + threads * 5 * wide;
+  float *room = (float *)(totals + threads * doubles), *gains = room + threads * floats;
   if (gain) widen(gain, form->gain_dtype, wide, gains);
   for (int64_t i = 0; i < wide; i++) gains[i] = gain ? form->shape.offset + gains[i] : 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t part = 0; part < threads; part++)
-    rows_back(form, x, g, gains, dx, dgain || dbias ? totals + part * 2 * wide : 0,
-              room + part * 5 * wide, count * part / threads, count * (part + 1) / threads);
+    rows_back(form, x, g, gains, dx, dgain || dbias ? totals + part * doubles : 0,
+              room + part * floats, count * part / threads, count * (part + 1) / threads);
   if (dgain || dbias) {
     for (int64_t part = 1; part < threads; part++)
-      for (int64_t i = 0; i < 2 * wide; i++) totals[i] += totals[part * 2 * wide + i];
+      for (int64_t i = 0; i < 2 * wide; i++) totals[i] += totals[part * doubles + i];
     for (int64_t i = 0; i < 2 * wide; i++) room[i] = totals[i];
     if (dgain) narrow(room, form->gain_dtype, wide, dgain);
     if (dbias) narrow(room + wide, form->bias_dtype, wide, dbias);
@@ -677,42 +675,42 @@ METHOD(norm) METHOD(norm_back)
 """
 NARROW = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the kernel numbers them
 _DIGEST = hashlib.sha256().digest_size
-ONE_THREAD = 2**16  # fewer numbers are not worth another thread
-# What torch knows of a tensor whose numbers cannot be read as they lie there.
-_NOT_PLAIN = -1
-for _key in ("CPU", "AutogradCPU", "ADInplaceOrView", "AutocastCPU"):
-    _NOT_PLAIN &= ~torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
-
+ONE_THREAD = 2**15  # fewer numbers are not worth another thread
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 # Looked up once: on one row, what is asked of x takes longer than its norm.
-_keys_of, _modes, _traced, transforms = (
-    torch._C._dispatch_keys,
+_modes, _traced, transforms = (
     torch._C._len_torch_dispatch_stack,
     torch._C._get_tracing_state,
     torch._C._are_functorch_transforms_active,
 )
 
 
-def readable(x: torch.Tensor) -> bool:
-    """Whether the kernel may read x behind torch's back.
+def watched() -> bool:
+    """Whether somebody needs to see the operations: a mode, forward derivatives, a trace."""
+    return bool(_modes()) or forward_ad._current_level >= 0 or _traced() is not None
 
-    It is a plain tensor on the CPU, and nobody needs to see the operations: no trace, no mode.
+
+def address(x: torch.Tensor) -> int:
+    """Where the kernel may read x behind torch's back, row by row; 0 if it may not.
+
+    It may on the CPU if x is a plain tensor of plain numbers. Those that only stand for others,
+    in a transformation of functions for one, have no address.
     """
-    return (
-        not _keys_of(x).raw_repr() & _NOT_PLAIN
-        and x.is_contiguous()
-        and not _modes()
-        and forward_ad._current_level < 0
-        and _traced() is None
-    )
+    if type(x) not in _PLAIN or not x.is_cpu or x.is_nested or x.is_neg():
+        return 0
+    try:
+        return x.data_ptr() if x.is_contiguous() else 0
+    except RuntimeError:
+        return 0
 
 
-def _takes(factor: torch.Tensor, size: int) -> bool:
-    """Whether the kernel may read a gain or a bias of this size, if it may read x."""
-    # What keys would say of a parameter takes a third of the time to ask like this.
-    usual = type(factor) is nn.Parameter and factor.is_cpu and not transforms()
-    hidden = factor.is_neg() if usual else _keys_of(factor).raw_repr() & _NOT_PLAIN
-    return not hidden and factor.numel() == size and factor.is_contiguous()
+def _factor(factor: Factor, size: int) -> tuple[int, int]:
+    """The address of a gain or a bias of this size, and its dtype: -1 if it cannot be read."""
+    if factor is None:
+        return 0, 0
+    at = address(factor) if factor.numel() == size else 0
+    return at, NARROW.get(factor.dtype, -1) if at else -1
 
 
 class _Differentiable(torch.autograd.Function):
@@ -746,20 +744,22 @@ _differentiable = super(torch.autograd.Function, _Differentiable).apply
 
 def _derivatives(ctx: Any, g: torch.Tensor, wanted: Sequence[bool]) -> list[Factor] | None:
     """Of x, weight and bias; None if the kernel must keep out: hooks may save something else."""
-    if is_compiling() or not readable(g):
+    if is_compiling() or watched() or not (above := address(g)):
         return None
     saved, (_, n, *dtypes, _), wide = ctx.saved_tensors, ctx.form, ctx.norm._wide
     numbers = g.numel() // wide * n
-    for each, size, dtype in zip(saved, (numbers, wide, wide), dtypes, strict=True):
-        if each is not None and not (_takes(each, size) and NARROW.get(each.dtype) == dtype):
-            return None
+    sizes = (numbers, wide, wide)
+    given = [_factor(each, size) for each, size in zip(saved, sizes, strict=True)]
+    if [dtype for _, dtype in given] != dtypes:
+        return None
     found = [
         torch.empty_like(each) if each is not None and (want or each is saved[0]) else None
         for each, want in zip(saved, wanted, strict=True)
     ]
-    places = [0 if each is None else each.data_ptr() for each in (saved[0], g, saved[1], *found)]
+    at, gain = given[0][0], given[1][0]
+    made = [0 if each is None else each.data_ptr() for each in found]
     kernel: Any = _kernel()
-    return found if kernel.norm_back(*ctx.form, *places, numbers) else None
+    return found if kernel.norm_back(*ctx.form, at, above, gain, *made, numbers) else None
 
 
 @cache
