@@ -76,6 +76,26 @@ def test_what_is_read_and_written(
     assert moved["pwrite"] + copied == written  # nothing went past the count
 
 
+def test_it_writes_in_pieces_for_which_no_room_must_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux keeps a long piece in one run of pages, and moves others out of the way for that."""
+    pieces: list[tuple[int, int]] = []
+    pwrite = os.pwrite
+
+    def noted(file: int, data: memoryview, offset: int) -> int:
+        pieces.append((offset, offset + len(data)))
+        return pwrite(file, data, offset)
+
+    checkpoint = open_checkpoint(str(MODELS / "tiny-llama"))
+    plan = make_plan(trace(checkpoint), checkpoint, ("flashnorm",))
+    (tmp_path / "output").mkdir()
+    monkeypatch.setattr(os, "pwrite", noted)
+    write(plan, checkpoint, tmp_path / "output", {}, ignore)
+    assert len(pieces) > 10
+    assert all(start // 2**16 == (stop - 1) // 2**16 for start, stop in pieces)
+
+
 def test_the_disk_speed(tmp_path: Path) -> None:
     zoo.save("llama", tmp_path / "llama", dtype="float32")
     slow, fast = (

@@ -574,7 +574,7 @@ static void row_back(const struct form *form, const float *restrict x, const flo
     for (int lane = 0; lane < half; lane++) dots[lane] += dots[lane + half];
   const float slope = shape->divided ? 0 : dots[0] * inverse / shape->size * inverse * inverse;
   const float shift = shape->lacks ? sum : 0;
-  float *restrict dbias = dfactors + wide;
+  float *restrict dbias = dfactors ? dfactors + wide : 0;
   for (i = 0; dfactors && i < n; i++) {
     dx[i] = (g[i] * gain[i] - last) * inverse - (x[i] + shift) * slope;
     dfactors[i] += g[i] * (x[i] * inverse);
