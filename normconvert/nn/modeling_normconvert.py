@@ -127,8 +127,8 @@ class _Norm(nn.Module):
             weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
             bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
             wide, at = self._wide, address(x)
-            gain_at, gain_dtype = _factor(weight, wide)
-            bias_at, bias_dtype = _factor(bias, wide)
+            gain_at, gain_dtype = _address_and_dtype(weight, wide)
+            bias_at, bias_dtype = _address_and_dtype(bias, wide)
             gradient = is_grad_enabled() and (
                 x.requires_grad
                 or (weight is not None and weight.requires_grad)
@@ -705,7 +705,7 @@ def address(x: torch.Tensor) -> int:
         return 0
 
 
-def _factor(factor: Factor, size: int) -> tuple[int, int]:
+def _address_and_dtype(factor: Factor, size: int) -> tuple[int, int]:
     """The address of a gain or a bias of this size, and its dtype: -1 if it cannot be read."""
     if factor is None:
         return 0, 0
@@ -749,7 +749,7 @@ def _derivatives(ctx: Any, g: torch.Tensor, wanted: Sequence[bool]) -> list[Fact
     saved, (_, n, *dtypes, _), wide = ctx.saved_tensors, ctx.form, ctx.norm._wide
     numbers = g.numel() // wide * n
     sizes = (numbers, wide, wide)
-    given = [_factor(each, size) for each, size in zip(saved, sizes, strict=True)]
+    given = [_address_and_dtype(each, size) for each, size in zip(saved, sizes, strict=True)]
     if [dtype for _, dtype in given] != dtypes:
         return None
     found = [
