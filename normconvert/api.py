@@ -174,7 +174,9 @@ def convert(
         rejected = verification is not None and not _acceptable(verification, plan)
         if not rejected:
             if verification is not None:
-                add_to_manifest(staged.path, "verification", verification.to_json())
+                names = {"original": manifest["source"]["model"], "converted": place.name}
+                report = {**verification.to_json(), **names}  # no folders of this machine
+                add_to_manifest(staged.path, "verification", report)
             if upload is None:
                 staged.commit()
             else:

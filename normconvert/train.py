@@ -19,9 +19,10 @@ nothing else, as that of a key's bias: such numbers differ, the function does no
 parameters are even the same objects: an optimizer may be made before or after. Only rules that go
 by names or classes need care, for both change (``c_proj.weight`` is now
 ``c_proj.parametrizations.weight.original``, and a norm is no ``nn.LayerNorm``): sort out before
-what is not to be decayed. In a state dict the names are the original's. So what `save_pretrained`
-writes during training is a checkpoint of the original class, which computes the same, and a
-checkpoint of that can be loaded. Resize embeddings before.
+what is not to be decayed. (transformers' Trainer goes by classes: call
+``trainer.create_optimizer()`` before ``as_rmsnorm(model)``.) In a state dict the names are the
+original's. So what `save_pretrained` writes during training is a checkpoint of the original class,
+which computes the same, and a checkpoint of that can be loaded. Resize embeddings before.
 
 What decays in which coordinates matters only in this:
 
@@ -124,17 +125,20 @@ def finish(model: Model) -> Model:
     """
     baked: dict[nn.Parameter, nn.Parameter] = {}
     resized: set[nn.Parameter] = set()
-    for module in list(model.modules()):
-        for name, chain in _parametrizations(module):
-            original = cast("nn.Parameter", chain.original)
-            if original not in baked:
-                with torch.no_grad():
-                    value = getattr(module, name).clone()
-                baked[original] = nn.Parameter(value, original.requires_grad)
-                if value.shape != original.shape:
-                    resized.add(baked[original])
-            parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-            setattr(module, name, baked[original])
+    seen = [(module, *each) for module in model.modules() for each in _parametrizations(module)]
+    for module, name, chain in seen:  # all of them first: one may read the original of another
+        original = cast("nn.Parameter", chain.original)
+        if original not in baked:
+            with torch.no_grad():
+                value = getattr(module, name).clone()
+            baked[original] = nn.Parameter(value, original.requires_grad)
+            if value.shape != original.shape:
+                resized.add(baked[original])
+    for module, name, chain in seen:
+        kind = type(module)  # a deep copy has the same one, and what is removed goes from there
+        module.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        setattr(module, name, baked[cast("nn.Parameter", chain.original)])
     if resized and getattr(transformers, type(model).__name__, None) is type(model):
         _make_native(model, resized)
     return model
@@ -214,7 +218,8 @@ def _why_not(graph: Graph, draft: Draft, evaluated: Draft) -> str:
     if evaluated.streams:
         return (
             f"{graph.model} has dropout on its residual streams, which no weight can center; "
-            "set it to 0 in the config (attention dropout may stay)."
+            "give it as 0 when the model is made, as in from_pretrained(..., resid_pdrop=0) "
+            "(attention dropout may stay)."
         )
     kept = [verdict for verdict in draft.verdicts if verdict.kind == "layernorm"]
     if not kept:

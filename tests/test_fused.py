@@ -253,8 +253,9 @@ def test_what_traces_operations_sees_them() -> None:
     assert torch.allclose(exported(other), norm(other), atol=1e-6)
     traced = torch.jit.trace(norm, (x,))  # type: ignore[no-untyped-call]
     assert torch.allclose(traced(other), norm(other), atol=1e-6)
-    made = make_fx(norm)(x)
-    assert torch.allclose(made(other), norm(other), atol=1e-6)
+    for before_dispatch in (False, True):
+        made = make_fx(norm, pre_dispatch=before_dispatch)(x)
+        assert torch.allclose(made(other), norm(other), atol=1e-6)
     rows = torch.func.vmap(norm)(other)
     assert torch.allclose(rows, norm(other), atol=1e-6)
 

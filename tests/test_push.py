@@ -142,6 +142,8 @@ def test_native(hub: Hub, tmp_path: Path) -> None:
     text = hub.branches["me/rms@main"]["README.md"].decode()
     assert 'from_pretrained("me/rms", trust_remote_code=True)' in text
     assert "arXiv:2305.14858" in text
+    stored = json.loads(hub.branches["me/rms@main"]["normconvert.json"])["verification"]
+    assert (stored["original"], stored["converted"]) == ("gpt2", "gpt2-rmsnorm")
     run_here("flashnorm", "gpt2", "--no-verify", "--push", "me/x", cwd=tmp_path).assert_refused(
         "--no-verify"
     )
@@ -151,6 +153,29 @@ def test_native(hub: Hub, tmp_path: Path) -> None:
     push(hub, tmp_path / "partial", "me/p").assert_refused("not equivalent", "--unverified")
     assert push(hub, tmp_path / "partial", "me/p", "--unverified").status == 0
     assert "Not equivalent" in hub.branches["me/p@main"]["README.md"].decode()
+
+
+def test_what_cannot_be_pushed_costs_no_time(hub: Hub, tmp_path: Path) -> None:
+    zoo.save("gpt2", tmp_path / "gpt2", dtype="float32")
+    variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    env = environment(**variables, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    for command, place, token, *words in (
+        ("rmsnorm", "me/x", "", "hf auth login"),
+        ("rmsnorm", "a name", "hf_writer", "'a name'", "USER/NAME"),
+        ("rmsnorm", "name", "hf_writer", "'name'", "USER/NAME"),
+        ("prmsnorm", "me/x", "hf_writer", "approximation", "--unverified"),
+    ):
+        named = {**env, "HF_TOKEN": token} if token else env
+        result = run(command, "gpt2", "-o", "new", "--push", place, cwd=tmp_path, env=named)
+        result.assert_refused(*words)
+        assert not (tmp_path / "new").exists()
+    # What shows only then leaves the conversion, and says how to go on.
+    named = {**env, "HF_TOKEN": "hf_reader"}
+    result = run("rmsnorm", "gpt2", "-o", "new", "--push", "me/x", cwd=tmp_path, env=named)
+    assert result.status == 2
+    assert "permission" in result.err
+    assert "normconvert push new me/x" in result.err
+    assert (tmp_path / "new" / "normconvert.json").is_file()
 
 
 def test_refusals(hub: Hub, converted: Path, tmp_path: Path) -> None:
@@ -187,6 +212,11 @@ def test_a_name_that_is_taken(hub: Hub, converted: Path) -> None:
     assert hub.branches[f"{REPO}@main"] == theirs
     assert push(hub, converted, REPO, "--create-pr").status == 0
     assert hub.branches[f"{REPO}@main"] == theirs
+    for name in ("pytorch_model.bin", "model.gguf", "adapter_model.safetensors", "notes.md"):
+        hub.branches[f"{REPO}@main"] = {".gitattributes": b"", name: b"Mine."}
+        push(hub, converted, REPO).assert_refused(REPO, "taken", name)
+    hub.branches[f"{REPO}@main"] = {".gitattributes": b"", "README.md": b"", "LICENSE": b""}
+    assert push(hub, converted, REPO).status == 0
     # An earlier conversion is replaced: its index would be read in the place of one file.
     hub.branches[f"{REPO}@main"] = {**theirs, "normconvert.json": b"{}"}
     assert push(hub, converted, REPO).status == 0

@@ -56,6 +56,9 @@ def _original(name: str) -> PreTrainedModel:
             model = transformers.GPT2LMHeadModel.from_pretrained(TINY_GPT2)
         elif name == "vit":
             model = transformers.ViTForImageClassification(config("vit", **LABELS))
+        elif name == "beit":  # with LayerScale in front of the weights that it scales
+            scaled = config("beit", layer_scale_init_value=0.1, drop_path_rate=0.0, **LABELS)
+            model = transformers.BeitForImageClassification(scaled)
         else:  # with LayerScale
             model = transformers.Dinov2ForImageClassification(config("dinov2", **LABELS))
         model.to(torch.float64).train()
@@ -63,7 +66,7 @@ def _original(name: str) -> PreTrainedModel:
             random = torch.randn(parameter.shape, dtype=torch.float64)
             parameter.data += 0.1 + 0.1 * random
         for parameter_name, parameter in model.named_parameters():
-            if "lambda1" in parameter_name:
+            if "lambda" in parameter_name:
                 parameter.data[::5] = 0.0  # nothing may be divided by it
     return model
 
@@ -342,8 +345,43 @@ def test_a_copy_trains_on_its_own(rewrite: Rewrite) -> None:
     assert distance(first[2], reference("dinov2", "sgd")[1][2]) < 1e-9
 
 
+@every_rewrite
+def test_a_copy_is_finished_on_its_own(rewrite: Rewrite) -> None:
+    """A snapshot in the middle of training."""
+    model = rewrite(original("gpt2"))
+    expected = outputs(model)
+    snapshot = finish(copy.deepcopy(model))
+    assert not parametrized(snapshot)
+    assert relative(outputs(snapshot), expected) < 1e-12
+    assert torch.equal(outputs(model), expected)
+    losses, _ = train(model.train(), OPTIMIZERS["sgd"], 3)
+    assert losses == pytest.approx(reference("gpt2", "sgd")[0][:3], rel=1e-9)
+
+
+@every_rewrite
+def test_an_optimizer_of_trainer_is_made_before(rewrite: Rewrite, tmp_path: Path) -> None:
+    """It goes by classes: a LayerNorm's gain does not decay, and would as another norm's."""
+    logits = []
+    for change in (None, rewrite):
+        model = original("gpt2")
+        settings = transformers.TrainingArguments(
+            str(tmp_path), max_steps=4, learning_rate=3e-3, weight_decay=0.5, seed=0,
+            per_device_train_batch_size=1, use_cpu=True, disable_tqdm=True, report_to="none",
+            adam_epsilon=1e-6, save_strategy="no", logging_strategy="no",
+        )  # fmt: skip
+        ids = batch(model, 0)["input_ids"]
+        texts: Any = [{"input_ids": row, "labels": row} for row in ids]
+        trainer = transformers.Trainer(model, settings, train_dataset=texts)
+        trainer.create_optimizer()
+        if change is not None:
+            change(model)
+        trainer.train()
+        logits.append(outputs(model))
+    assert relative(*logits) < 1e-9
+
+
 def test_finished_weights_are_exact_in_the_original_class(tmp_path: Path) -> None:
-    for name in ("gpt2", "dinov2"):
+    for name in ("gpt2", "dinov2", "beit"):
         model = finish(as_rmsnorm(original(name)))
         model.save_pretrained(tmp_path / name)
         stock = type(model).from_pretrained(tmp_path / name, dtype=torch.float64)
@@ -369,7 +407,7 @@ def test_a_checkpoint_during_training_is_of_the_original_class(
         assert relative(outputs(other), outputs(model)) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["gpt2", "vit", "dinov2"])
+@pytest.mark.parametrize("name", ["gpt2", "vit", "dinov2", "beit"])
 def test_finished_crmsnorm_is_saved_and_loaded(name: str, tmp_path: Path) -> None:
     model = finish(as_crmsnorm(original(name))).eval()
     expected = outputs(model)

@@ -33,6 +33,15 @@ def run_conversion(
 
     if push is not None and not options["verify"]:
         raise NormconvertError("--push needs the verification; leave out --no-verify.")
+    if push is not None and "prmsnorm" in rewrites:
+        raise NormconvertError(
+            "prmsnorm is an approximation, which --push does not publish; convert without it, then "
+            "use `normconvert push` with --unverified."
+        )
+    if push is not None and not options["dry_run"]:  # before any work: it would be for nothing
+        from normconvert.publish import require_possible
+
+        require_possible(push)
     streamed_to = push if options["stream"] else None
     if streamed_to is not None and output is not None:
         raise NormconvertError(
@@ -76,6 +85,13 @@ def _show(report: Conversion, push: str | None, as_json: bool) -> None:
 
 
 def _push(folder: str, repo_id: str) -> str:
+    from normconvert.publish import PushError
     from normconvert.publish import push as publish
 
-    return publish(folder, repo_id)
+    try:
+        return publish(folder, repo_id)
+    except PushError as error:
+        raise PushError(
+            f"{error} The conversion is complete; to publish it: normconvert push {folder} "
+            f"{repo_id}"
+        ) from error

@@ -102,7 +102,7 @@ class _Norm(nn.Module):
     def _set_shape(self, *, used: int, lacks: int = 0, adds: int = 0, divided: int = 0) -> None:
         """What the kernel computes: see its `struct shape`."""
         n, d = self.size - lacks, self.size if lacks else used
-        self._adds, self._wide = adds, n + adds
+        self._given, self._adds, self._wide = n, adds, n + adds
         self._shape = struct.pack("6q2d", n, used, d, lacks, adds, divided, self.eps, self.offset)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -143,6 +143,8 @@ class _Norm(nn.Module):
                     if not gradient:
                         return y
                     return _differentiable((self, form, y), x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+        if _traced() is None and x.shape[-1:] != (self._given,):
+            raise ValueError(f"{self} takes [..., {self._given}], and was given {[*x.shape]}")
         return self._operations(x, self.weight, self.bias)
 
     def _operations(self, x: torch.Tensor, weight: Factor, bias: Factor) -> torch.Tensor:
@@ -374,7 +376,8 @@ def _scale_rows(x: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> to
     """
     if wide is x:
         return wide * factor
-    if not x.is_cpu or x.numel() < _MANY_NUMBERS or is_compiling():
+    trained = x.requires_grad and is_grad_enabled()  # its derivative would be rounded twice
+    if not x.is_cpu or x.numel() < _MANY_NUMBERS or is_compiling() or trained:
         return (wide * factor).to(x.dtype)
     gain = factor.flatten()  # [rows], float32
     channels = x.reshape(1, gain.numel(), x.shape[-1])
@@ -679,16 +682,21 @@ ONE_THREAD = 2**15  # fewer numbers are not worth another thread
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 # Looked up once: on one row, what is asked of x takes longer than its norm.
-_modes, _traced, transforms = (
+_modes, _included, _traced, transforms = (
     torch._C._len_torch_dispatch_stack,
+    torch._C._dispatch_tls_is_dispatch_key_included,
     torch._C._get_tracing_state,
     torch._C._are_functorch_transforms_active,
 )
 
 
+_BEFORE_DISPATCH = torch._C.DispatchKey.PreDispatch  # for modes that see more than the others
+
+
 def watched() -> bool:
     """Whether somebody needs to see the operations: a mode, forward derivatives, a trace."""
-    return bool(_modes()) or forward_ad._current_level >= 0 or _traced() is not None
+    modes = bool(_modes()) or _included(_BEFORE_DISPATCH)
+    return modes or forward_ad._current_level >= 0 or _traced() is not None
 
 
 def address(x: torch.Tensor) -> int:

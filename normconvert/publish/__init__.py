@@ -1,5 +1,5 @@
 """Push: a converted checkpoint onto the Hub, with a card that says what was done to it."""
 
-from normconvert.publish.upload import PushError, Upload, push
+from normconvert.publish.upload import PushError, Upload, push, require_possible
 
-__all__ = ["PushError", "Upload", "push"]
+__all__ = ["PushError", "Upload", "push", "require_possible"]

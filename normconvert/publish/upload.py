@@ -57,6 +57,19 @@ def push(
     return upload.commit(folder, commit_message)
 
 
+def require_possible(repo_id: str) -> None:
+    """Ask nobody, and raise PushError where no push to `repo_id` can succeed."""
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    with _refusals(repo_id):
+        validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise PushError(f"{repo_id!r} names no owner; give USER/NAME.")
+    if get_token() is None:
+        raise PushError(_NO_TOKEN)
+
+
 class Upload:
     """A commit in the making on the Hub repository `repo_id`; see `push` for the arguments.
 
@@ -130,11 +143,17 @@ class Upload:
         return str(commit.pr_url or commit.commit_url)
 
     def _require_ours(self) -> None:
-        if any(map(_is_weights, self._present)) and MANIFEST not in self._present:
+        others = sorted(name for name in self._present if not _is_of_any_repository(name))
+        if others and MANIFEST not in self._present:
             raise PushError(
-                f"{self._repo_id} is taken: it holds a checkpoint that is no conversion. Give "
+                f"{self._repo_id} is taken: it holds {others[0]!r} and is no conversion. Give "
                 "another name, or use `normconvert push` with --revision or --create-pr."
             )
+
+
+def _is_of_any_repository(name: str) -> bool:
+    """Whether a repository that was only just made may have the file."""
+    return name.startswith((".", "README", "LICENSE"))
 
 
 def _is_weights(name: str) -> bool:
