@@ -587,6 +587,7 @@ def test_verify_what_is_not_a_number(originals: Path, tmp_path: Path) -> None:
     assert result.json()["equivalent"] is False  # and where JSON has no number, it says null
     assert result.json()["comparisons"][0]["rms"] is None
     assert "not numbers" in verify(tmp_path, broken, broken).out
+    assert "of the original's logits" in verify(tmp_path, broken, originals / "llama").out
 
 
 def test_verify_what_cannot_be_compared(originals: Path, tmp_path: Path) -> None:

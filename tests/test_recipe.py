@@ -86,7 +86,7 @@ def test_the_shipped_recipes(path: Path, tmp_path: Path) -> None:
 def test_what_is_rotated_next_may_have_any_norms(tmp_path: Path) -> None:
     """RMSNorms are folded; LayerNorms are centered as well, and what is left of them is told."""
     for model, said in (
-        ("tiny-llama", "Folded 9 of 9 norms: "),
+        ("tiny-llama", "Planned: folded 9 of 9 norms: "),
         ("tiny-gpt2", "\ntransformer.ln_f is left with a bias "),
     ):
         recipe = str(CONFIGS / "rotation-ready.yaml")

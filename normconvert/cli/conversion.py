@@ -38,10 +38,6 @@ def run_conversion(
             "prmsnorm is an approximation, which --push does not publish; convert without it, then "
             "use `normconvert push` with --unverified."
         )
-    if push is not None and not options["dry_run"]:  # before any work: it would be for nothing
-        from normconvert.publish import require_possible
-
-        require_possible(push)
     streamed_to = push if options["stream"] else None
     if streamed_to is not None and output is not None:
         raise NormconvertError(
@@ -49,6 +45,11 @@ def run_conversion(
             "push the folder afterwards."
         )
     with progress(hidden=as_json) as listen:
+        if push is not None and streamed_to is None and not options["dry_run"]:
+            # Before any work, which would be for nothing. A stream asks by itself.
+            from normconvert.publish import require_possible
+
+            require_possible(push)
         report = convert(
             model,
             output,

@@ -46,6 +46,10 @@ def certified(certificate: Certificate) -> str:
 
 def why(report: Equivalence) -> str:
     """What the verdict rests on, as the end of a sentence."""
+    if any(math.isnan(comparison.floor_max) for comparison in report.comparisons):
+        return (
+            "some of the original's logits are not numbers, so nothing can be compared with them."
+        )
     if any(math.isnan(comparison.max) for comparison in report.comparisons):
         return "some of the logits are not numbers."
     if report.certificate is not None and not report.certificate.valid:
