@@ -143,6 +143,7 @@ class _Norm(nn.Module):
                     if not gradient:
                         return y
                     return _differentiable((self, form, y), x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
+        # In torch.jit's trace sizes are tensors, and comparing them would be a part of it.
         if _traced() is None and x.shape[-1:] != (self._given,):
             raise ValueError(f"{self} takes [..., {self._given}], and was given {[*x.shape]}")
         return self._operations(x, self.weight, self.bias)
